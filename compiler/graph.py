@@ -1,0 +1,138 @@
+"""The network as layers: what analysis, choice and lowering work on.
+
+A `Graph` is extracted from the imported Relax module. Each node is one layer with its epilogue
+already fused; each edge is a `Value`. Nothing here knows a layout: shapes are logical, NCHW.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor between layers. `shape` is [N, C, H, W], or any rank for opaque layers."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Activation:
+    """`min(max(x, low), high)`; ReLU is (0, None), ReLU6 is (0, 6)."""
+
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A layer: reads the values named in `inputs`, writes the value named `output`."""
+
+    name: str
+    inputs: tuple[str, ...]
+    output: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Conv(Node):
+    """2-D convolution: `inputs` is (x,) or (x, residual).
+
+    output = activation(conv(x, weight) + bias [+ residual])
+    """
+
+    weight: FloatArray  # [O, C / groups, kh, kw]
+    bias: FloatArray  # [O]
+    strides: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, left, bottom, right
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    activation: Activation | None = None
+
+    @property
+    def residual(self) -> str | None:
+        """The value added before the activation, if any."""
+        return self.inputs[1] if len(self.inputs) > 1 else None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Linear(Node):
+    """Fully connected: output[N, M] = activation(x[N, K] @ weight.T + bias)."""
+
+    weight: FloatArray  # [M, K]
+    bias: FloatArray  # [M]
+    activation: Activation | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool(Node):
+    """Max or average pooling. The output shape is that of the output value."""
+
+    mode: Literal["max", "avg"]
+    kernel: tuple[int, int]
+    strides: tuple[int, int]
+    padding: tuple[int, int, int, int]  # top, left, bottom, right; bottom/right include ceil_mode
+    count_include_pad: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalPool(Node):
+    """Average over all pixels: [N, C, H, W] -> [N, C, 1, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Add(Node):
+    """Sum of two values of one shape, then the activation."""
+
+    activation: Activation | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Affine(Node):
+    """Per channel: activation(x * scale + shift). A lone activation has scale = shift = None."""
+
+    scale: FloatArray | None = None  # [C]
+    shift: FloatArray | None = None  # [C]
+    activation: Activation | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concat(Node):
+    """Concatenation along channels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class View(Node):
+    """The same elements in the same order with another shape (flatten, reshape, squeeze)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Opaque(Node):
+    """Any other Relax operator, run on plain row-major tensors as TVM legalises it.
+
+    `call` is the Relax call; its variable arguments are, in order, the values in `inputs`.
+    """
+
+    call: Any
+    arguments: tuple[Any, ...] = field(default=())  # the relax.Var of each input
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Layers in topological order, and all values by name (inputs and outputs included)."""
+
+    nodes: tuple[Node, ...]
+    values: dict[str, Value]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def consumers(self, value: str) -> list[Node]:
+        """The nodes that read the value."""
+        return [n for n in self.nodes if value in n.inputs]

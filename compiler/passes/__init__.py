@@ -1,0 +1,1 @@
+"""Rewrites of the Relax module, one pass a file."""

@@ -1,0 +1,1 @@
+"""Pruning: a weight and a budget in, a pattern out."""

@@ -1,0 +1,1 @@
+"""Sparse and dense convolution kernels: layouts, formats, compute, knobs."""

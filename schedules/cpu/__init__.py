@@ -1,0 +1,1 @@
+"""Kernels for CPUs, written on vectors of one width."""

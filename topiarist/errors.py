@@ -1,0 +1,25 @@
+"""What can go wrong for a user. Every message names the thing and the remedy."""
+
+
+class TopiaristError(Exception):
+    """Root of all errors that a user can mend; the command line exits with code 2 on it."""
+
+
+class ModelError(TopiaristError):
+    """The model file is missing, broken, or has something that can't be compiled."""
+
+
+class TargetError(TopiaristError):
+    """The target is unknown, or this machine can't run code built for it."""
+
+
+class BundleError(TopiaristError):
+    """A bundle is missing, altered, or was built for another machine or version."""
+
+
+class OutputError(TopiaristError):
+    """A result can't be written where it was asked for."""
+
+
+class BuildError(TopiaristError):
+    """A kernel or a network failed to compile."""

@@ -1,0 +1,1 @@
+"""Tuning records and the models learned from them."""

@@ -1,0 +1,1 @@
+../../topiarist/__init__.py

@@ -1,0 +1,1 @@
+../../topiarist/errors.py
