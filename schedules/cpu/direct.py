@@ -1,0 +1,437 @@
+"""Direct convolution on lane-strided vectors: the sparse (CSR) and the dense form.
+
+Loop order: tile of output vectors -> group -> block of input channels -> output channels -> the
+nonzeros (or all taps) of that block. A tile of `rows x cols` vectors of `block` output channels
+stays in registers over the innermost loop, which broadcasts a weight and multiplies it into
+vectors of the input. The column index of the CSR matrix is the offset of the tap in the input's
+layout (Park et al., ICLR 2017, section 2.1), as 16 bits in units of a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from topiarist.schedules.cpu import emit
+from topiarist.schedules.layout import LaneLayout, TileAddress, View, tile_address
+from topiarist.schedules.workload import ConvWorkload
+from tvm.script.ir_builder import tirx as T
+
+FloatArray = NDArray[np.float32]
+MAX_OFFSET = 1 << 16
+
+
+@dataclass(frozen=True)
+class DirectConfig:
+    """The knobs: vectors of a tile, output channels of a tile, input channels of a block."""
+
+    rows: int
+    cols: int
+    out_block: int
+    in_block: int
+
+
+@dataclass(frozen=True)
+class ConvViews:
+    """Where a convolution reads and writes."""
+
+    x: View
+    y: View
+    residual: View | None = None
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """Everything about addresses that a kernel needs, as numbers."""
+
+    x: TileAddress
+    y: TileAddress
+    residual: TileAddress | None
+    tiles: tuple[int, int]
+    x_origin: int  # of the tap (0, 0) relative to the tile's first vector
+    taps: NDArray[np.int64]  # [kh, kw] offsets from that tap
+
+
+def refuses_views(workload: ConvWorkload, views: ConvViews) -> str | None:
+    """Why a direct convolution can't run between these layouts, None where it can."""
+    a, b = views.x.layout, views.y.layout
+    sy, sx = workload.strides
+    if (a.grid.sy, a.grid.sx) != (b.grid.sy, b.grid.sx):
+        return f"lanes {a.grid.sy}x{a.grid.sx} in, {b.grid.sy}x{b.grid.sx} out"
+    if (a.grid.rows, a.grid.cols) != (sy * b.grid.rows, sx * b.grid.cols):
+        return f"sub-images {a.grid} in are not {sy}x{sx} those of {b.grid} out"
+    if not workload.pointwise:
+        if a.tile is not None:
+            return "taps need a padded input, got a tiled one"
+        if a.fill != 0:
+            return f"the padding is {a.fill}, not zero"
+        need = required_halo(workload)
+        if any(have < want for have, want in zip(a.halo, need, strict=True)):
+            return f"halo {a.halo}, needs {need}"
+    res = views.residual
+    if res is not None and res.layout.grid != b.grid:
+        return f"the residual's sub-images {res.layout.grid} are not {b.grid}"
+    return None
+
+
+def required_halo(workload: ConvWorkload) -> tuple[int, int, int, int]:
+    """Rows and columns of halo (top, left, bottom, right) that the taps reach into."""
+    top, left = workload.padding[:2]
+    sizes = zip(workload.kernel, workload.dilation, workload.strides, (top, left), strict=True)
+    after = [max(0, (k - 1) * d - before - (s - 1)) for k, d, s, before in sizes]
+    return top, left, after[0], after[1]
+
+
+def _geometry(workload: ConvWorkload, config: DirectConfig, views: ConvViews) -> _Geometry | None:
+    grid = views.y.layout.grid
+    if grid.rows % config.rows or grid.cols % config.cols:
+        return None
+    tiles = grid.rows // config.rows, grid.cols // config.cols
+    tile = config.rows, config.cols
+    x = tile_address(views.x.layout, tiles, tile, workload.strides)
+    y = tile_address(views.y.layout, tiles, tile, (1, 1))
+    residual = None
+    if views.residual is not None:
+        residual = tile_address(views.residual.layout, tiles, tile, (1, 1))
+        if residual is None:
+            return None
+    if x is None or y is None:
+        return None
+    taps, origin = _taps(workload, views.x.layout)
+    return _Geometry(x, y, residual, tiles, origin, taps)
+
+
+def _taps(workload: ConvWorkload, layout: LaneLayout) -> tuple[NDArray[np.int64], int]:
+    if workload.pointwise:
+        return np.zeros((1, 1), np.int64), 0
+    row = layout.row_vectors * layout.grid.lanes
+    col = layout.grid.lanes
+    ky = np.arange(workload.kernel[0]) * workload.dilation[0] * row
+    kx = np.arange(workload.kernel[1]) * workload.dilation[1] * col
+    origin = -(workload.padding[0] * row + workload.padding[1] * col)
+    return ky[:, None] + kx[None, :], origin
+
+
+def _blocks(size: int, block: int) -> list[tuple[int, int]]:
+    """(first, count) of consecutive blocks."""
+    return [(first, min(block, size - first)) for first in range(0, size, block)]
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """The loops around the innermost one, shared by the sparse and the dense form."""
+
+    workload: ConvWorkload
+    config: DirectConfig
+    views: ConvViews
+    geometry: _Geometry
+    threads: int
+
+    @property
+    def lanes(self) -> int:
+        return self.views.y.layout.grid.lanes
+
+    @property
+    def group_in(self) -> int:
+        return self.workload.in_channels // self.workload.groups
+
+    @property
+    def group_out(self) -> int:
+        return self.workload.out_channels // self.workload.groups
+
+    @property
+    def in_blocks(self) -> int:
+        return -(-self.group_in // self.config.in_block)
+
+    def splits(self) -> int:
+        """Parts that the output channels are split into, so that every thread has work."""
+        blocks = self.group_out // self.config.out_block
+        tasks = self.workload.batch * self.geometry.tiles[0] * self.geometry.tiles[1]
+        splits = 1
+        while tasks * splits < 2 * self.threads and blocks % (splits * 2) == 0:
+            splits *= 2
+        return splits if self.threads > 1 else 1
+
+    def tile_loop(self, body: Callable[[Any, Any, Any, Any], None]) -> None:
+        """body(image, ty, tx, split), over threads when there are several."""
+        ny, nx = self.geometry.tiles
+        splits = self.splits()
+        with emit.loop(self.workload.batch * ny * nx * splits, self.threads) as p:
+            tile = p // splits
+            body(tile // (ny * nx), tile // nx % ny, tile % nx, p % splits)
+
+    def in_block_loop(self, body: Callable[[Any, bool, bool], None]) -> None:
+        """body(block index, first, last); the first and last block are peeled."""
+        n = self.in_blocks
+        if n == 1:
+            body(0, True, True)
+            return
+        body(0, True, False)
+        if n > 2:
+            with T.serial(0, n - 2) as q:
+                body(q + 1, False, False)
+        body(n - 1, False, True)
+
+    def steps(self, address: TileAddress) -> list[int]:
+        return [step for row in address.steps for step in row]
+
+    def y_at(self, image: Any, ty: Any, tx: Any) -> Any:
+        view = self.views.y
+        return image * view.layout.size + self.geometry.y.base(ty, tx) + view.base
+
+    def x_at(self, image: Any, ty: Any, tx: Any) -> Any:
+        view = self.views.x
+        base = image * view.layout.size + self.geometry.x.base(ty, tx) + view.base
+        return base + self.geometry.x_origin
+
+    def initial(self, b: Any, r: Any, image: Any, ty: Any, tx: Any, channel: Any) -> list[Any]:
+        """What a tile of one channel starts with: bias, plus the residual."""
+        start = emit.splat(b[channel], self.lanes)
+        view, address = self.views.residual, self.geometry.residual
+        if view is None or address is None:
+            return [start] * len(self.steps(self.geometry.y))
+        at = image * view.layout.size + address.base(ty, tx) + view.base
+        at = at + channel * view.layout.channel_stride
+        return [
+            start + r[emit.ramp(at + step, self.lanes)] for step in self.steps(address)
+        ]
+
+    def begin(self, y: Any, at: Any, values: list[Any]) -> None:
+        for step, value in zip(self.steps(self.geometry.y), values, strict=True):
+            T.buffer_store(y, value, [emit.ramp(at + step, self.lanes)])
+
+    def finish(self, y: Any, at: Any) -> None:
+        if self.workload.activation == (None, None):
+            return
+        for step in self.steps(self.geometry.y):
+            index = emit.ramp(at + step, self.lanes)
+            value = emit.clamp(y[index], self.workload.activation, self.lanes)
+            T.buffer_store(y, value, [index])
+
+
+def make_kernel(
+    workload: ConvWorkload, config: DirectConfig, views: ConvViews, threads: int
+) -> _Kernel | None:
+    """The kernel's loops, None where the tile does not fit the layouts."""
+    geometry = _geometry(workload, config, views)
+    return None if geometry is None else _Kernel(workload, config, views, geometry, threads)
+
+
+@dataclass(frozen=True)
+class _Operands:
+    x: Any
+    bias: Any
+    residual: Any
+    y: Any
+
+
+def _sparse_body(
+    k: _Kernel, ops: _Operands, values: Any, offsets: Any, starts: Any
+) -> Callable[[Any, Any, Any, Any], None]:
+    """The loops inside a tile of the CSR form."""
+    block = k.config.out_block
+    rows = k.group_out // block
+    chunk = rows // k.splits()
+    x_stride, y_stride = k.views.x.layout.channel_stride, k.views.y.layout.channel_stride
+    x_steps, y_steps = k.steps(k.geometry.x), k.steps(k.geometry.y)
+
+    def tile(image: Any, ty: Any, tx: Any, split: Any) -> None:
+        y_base, x_base = k.y_at(image, ty, tx), k.x_at(image, ty, tx)
+        with T.serial(0, k.workload.groups) as group:
+
+            def in_block(q: Any, first: bool, last: bool) -> None:
+                x_block = x_base + (group * k.group_in + q * k.config.in_block) * x_stride
+                with T.serial(0, chunk) as within:
+                    row = split * chunk + within
+                    channel = group * k.group_out + row * block
+                    at = [y_base + (channel + a) * y_stride for a in range(block)]
+                    if first:
+                        for a in range(block):
+                            start = k.initial(ops.bias, ops.residual, image, ty, tx, channel + a)
+                            k.begin(ops.y, at[a], start)
+                    index = (group * k.in_blocks + q) * rows + row
+                    begin = T.bind(starts[index])
+                    with T.serial(0, starts[index + 1] - begin) as j:
+                        tap = x_block + T.cast(offsets[begin + j], "int32") * k.lanes
+                        for a in range(block):
+                            weight = emit.splat(values[(begin + j) * block + a], k.lanes)
+                            for x_step, y_step in zip(x_steps, y_steps, strict=True):
+                                to = emit.ramp(at[a] + y_step, k.lanes)
+                                read = ops.x[emit.ramp(tap + x_step, k.lanes)]
+                                T.buffer_store(ops.y, ops.y[to] + weight * read, [to])
+                    if last:
+                        for a in range(block):
+                            k.finish(ops.y, at[a])
+
+            k.in_block_loop(in_block)
+
+    return tile
+
+
+def sparse_prim_func(k: _Kernel, name: str) -> Any:
+    """f(x, values, offsets, starts, bias[, residual], y); the number of nonzeros is dynamic."""
+    w, views = k.workload, k.views
+    rows = w.groups * k.in_blocks * (k.group_out // k.config.out_block)
+    with emit.prim_func(name) as builder:
+        nnz, count = emit.symbol("count"), emit.symbol("nonzeros")
+        x = emit.argument("x", w.batch * views.x.layout.size)
+        values = emit.argument("values", count)
+        offsets = emit.argument("offsets", nnz, "uint16")
+        starts = emit.argument("starts", rows + 1, "int32")
+        bias = emit.argument("bias", w.out_channels)
+        residual = None
+        if views.residual is not None:
+            residual = emit.argument("residual", w.batch * views.residual.layout.size)
+        y = emit.argument("y", w.batch * views.y.layout.size)
+        ops = _Operands(x, bias, residual, y)
+        k.tile_loop(_sparse_body(k, ops, values, offsets, starts))
+        emit.write_halo(y, views.y, w.batch, k.threads)
+    return builder.get()
+
+
+def pack_sparse(k: _Kernel, weight: FloatArray) -> tuple[NDArray[Any], ...] | None:
+    """values, offsets, starts of the weight [O, C / groups, kh, kw].
+
+    Rows are ordered as the kernel visits them: group, block of input channels, block of output
+    channels. None where an offset needs more than 16 bits.
+    """
+    block = k.config.out_block
+    stride, lanes = k.views.x.layout.channel_stride, k.lanes
+    taps = k.geometry.taps[None] + np.arange(k.group_in)[:, None, None] * stride
+    values, offsets, starts = [], [], [0]
+    for part, first, count in _row_blocks(k):
+        at = (taps[first : first + count] - first * stride).ravel()
+        dense = weight[part, first : first + count].reshape(-1, block, len(at))
+        for row in dense:
+            kept = np.flatnonzero((row != 0).any(0))
+            offsets.append(at[kept])
+            values.append(row[:, kept].T.ravel())
+            starts.append(starts[-1] + len(kept))
+    flat = np.concatenate(offsets) // lanes
+    if flat.size and flat.max() >= MAX_OFFSET:
+        return None
+    # One value of padding keeps an empty weight's buffers non-empty.
+    return (
+        np.append(np.concatenate(values), 0).astype(np.float32),
+        np.append(flat, 0).astype(np.uint16),
+        np.asarray(starts, np.int32),
+    )
+
+
+def _row_blocks(k: _Kernel) -> Iterator[tuple[slice, int, int]]:
+    """(output channels of a group, first input channel, count) in the kernel's order."""
+    for group in range(k.workload.groups):
+        part = slice(group * k.group_out, (group + 1) * k.group_out)
+        for first, count in _blocks(k.group_in, k.config.in_block):
+            yield part, first, count
+
+
+def _dense_body(
+    k: _Kernel, ops: _Operands, weights: Any
+) -> Callable[[Any, Any, Any, Any], None]:
+    """The loops inside a tile of the dense form."""
+    kh, kw = k.geometry.taps.shape
+    x_layout = k.views.x.layout
+    x_stride, y_stride = x_layout.channel_stride, k.views.y.layout.channel_stride
+    row_tap = int(k.geometry.taps[1, 0]) if kh > 1 else 0
+    col_tap = int(k.geometry.taps[0, 1]) if kw > 1 else 0
+    x_steps, y_steps = k.steps(k.geometry.x), k.steps(k.geometry.y)
+    per_block = k.group_out * k.config.in_block * kh * kw
+
+    def channels(block: int, count: Any, first: Any, base: Any, tile: _DenseTile) -> None:
+        with T.serial(0, count) as within:
+            row = first + within
+            channel = tile.group * k.group_out + base + row * block
+            at = [tile.y_base + (channel + a) * y_stride for a in range(block)]
+            if tile.first:
+                for a in range(block):
+                    start = k.initial(
+                        ops.bias, ops.residual, tile.image, tile.ty, tile.tx, channel + a
+                    )
+                    k.begin(ops.y, at[a], start)
+            w_row = tile.w_base + (base + row * block) * k.config.in_block * kh * kw
+            with T.serial(0, k.config.in_block) as c, _taps_loop(kh) as ky, _taps_loop(kw) as kx:
+                tap = tile.x_block + c * x_stride + ky * row_tap + kx * col_tap
+                w_at = w_row + ((c * kh + ky) * kw + kx) * block
+                for a in range(block):
+                    weight = emit.splat(weights[w_at + a], k.lanes)
+                    for x_step, y_step in zip(x_steps, y_steps, strict=True):
+                        to = emit.ramp(at[a] + y_step, k.lanes)
+                        read = ops.x[emit.ramp(tap + x_step, k.lanes)]
+                        T.buffer_store(ops.y, ops.y[to] + weight * read, [to])
+            if tile.last:
+                for a in range(block):
+                    k.finish(ops.y, at[a])
+
+    def tile(image: Any, ty: Any, tx: Any, split: Any) -> None:
+        block = k.config.out_block
+        whole_blocks, rest = divmod(k.group_out, block)
+        chunk = whole_blocks // k.splits()
+        y_base, x_base = k.y_at(image, ty, tx), k.x_at(image, ty, tx)
+        with T.serial(0, k.workload.groups) as group:
+
+            def in_block(q: Any, first: bool, last: bool) -> None:
+                x_block = x_base + (group * k.group_in + q * k.config.in_block) * x_stride
+                w_base = (group * k.in_blocks + q) * per_block
+                here = _DenseTile(image, ty, tx, group, first, last, y_base, x_block, w_base)
+                if whole_blocks:
+                    channels(block, chunk, split * chunk, 0, here)
+                if rest:
+                    channels(rest, 1, 0, whole_blocks * block, here)
+
+            k.in_block_loop(in_block)
+
+    return tile
+
+
+@dataclass(frozen=True)
+class _DenseTile:
+    image: Any
+    ty: Any
+    tx: Any
+    group: Any
+    first: bool
+    last: bool
+    y_base: Any
+    x_block: Any
+    w_base: Any
+
+
+def _taps_loop(extent: int) -> Any:
+    return T.serial(0, extent)
+
+
+def dense_prim_func(k: _Kernel, name: str) -> Any:
+    """f(x, weights, bias[, residual], y)."""
+    w, views = k.workload, k.views
+    kh, kw = k.geometry.taps.shape
+    with emit.prim_func(name) as builder:
+        x = emit.argument("x", w.batch * views.x.layout.size)
+        weights = emit.argument("weights", w.out_channels * k.group_in * kh * kw)
+        bias = emit.argument("bias", w.out_channels)
+        residual = None
+        if views.residual is not None:
+            residual = emit.argument("residual", w.batch * views.residual.layout.size)
+        y = emit.argument("y", w.batch * views.y.layout.size)
+        k.tile_loop(_dense_body(k, _Operands(x, bias, residual, y), weights))
+        emit.write_halo(y, views.y, w.batch, k.threads)
+    return builder.get()
+
+
+def pack_dense(k: _Kernel, weight: FloatArray) -> FloatArray:
+    """The weight as [group][block of C][block of O][c][kh][kw][o]; C divides into its blocks."""
+    block = k.config.out_block
+    whole_channels = k.group_out - k.group_out % block
+    parts = []
+    for part, first, count in _row_blocks(k):
+        w = weight[part, first : first + count]
+        for rows in (w[:whole_channels], w[whole_channels:]):
+            if len(rows):
+                size = block if len(rows) >= block else len(rows)
+                split = rows.reshape(-1, size, *rows.shape[1:])
+                parts.append(np.moveaxis(split, 1, -1).ravel())
+    return np.concatenate(parts).astype(np.float32)

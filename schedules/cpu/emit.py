@@ -1,0 +1,91 @@
+"""Pieces of TIR that all CPU kernels are written with.
+
+Kernels work on flat one-dimensional buffers whose layout is known when they are generated, and on
+whole aligned vectors. Two rules come from the compiler and are kept everywhere: accumulators live
+in the output buffer (LLVM keeps them in registers over a loop; local buffers would spill), and
+serial loops start at zero (TVM 0.27 drops the lower bound of an outer loop around a loop with a
+dynamic bound).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from topiarist.schedules.layout import View, halo_fixes
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+Clamp = tuple[float | None, float | None]
+
+
+@contextmanager
+def prim_func(name: str) -> Iterator[IRBuilder]:
+    """The frame of a kernel; `builder.get()` yields the PrimFunc after the block."""
+    with IRBuilder() as builder:
+        with T.prim_func():
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tirx.noalias": True, "tirx.is_scheduled": True})
+            yield builder
+
+
+def argument(name: str, size: int | tirx.Var, dtype: str = "float32") -> Any:
+    """A flat buffer argument; a symbolic size lets layers of other density share the kernel."""
+    return T.arg(name, tirx.decl_buffer((size,), dtype, name))
+
+
+def symbol(name: str) -> tirx.Var:
+    """A buffer size that is known only at run time."""
+    return tirx.Var(name, "int32")
+
+
+def ramp(at: Any, lanes: int) -> Any:
+    """The index of `lanes` consecutive values."""
+    return T.ramp(at, 1, lanes)
+
+
+def splat(value: Any, lanes: int) -> Any:
+    """One value in all lanes."""
+    return T.broadcast(T.float32(value) if isinstance(value, float | int) else value, lanes)
+
+
+def clamp(value: Any, bounds: Clamp, lanes: int) -> Any:
+    """min(max(value, low), high) on a vector."""
+    low, high = bounds
+    if low is not None:
+        value = T.max(value, splat(low, lanes))
+    if high is not None:
+        value = T.min(value, splat(high, lanes))
+    return value
+
+
+def loop(extent: Any, threads: int = 1) -> Any:
+    """A loop, over threads when there are several."""
+    return T.parallel(0, extent) if threads > 1 else T.serial(0, extent)
+
+
+def write_halo(y: Any, view: View, batch: int, threads: int) -> None:
+    """Set the halo and the lanes past the picture of the view's channels (padded layouts)."""
+    layout = view.layout
+    fixes = halo_fixes(layout)
+    if not fixes:
+        return
+    lanes, stride = layout.grid.lanes, layout.channel_stride
+    column = layout.offset(0, 1) - layout.offset(0, 0)
+    row = layout.offset(1, 0) - layout.offset(0, 0)
+    fill = splat(layout.fill, lanes)
+    with loop(batch * view.count, threads) as p:
+        base = p // view.count * layout.size + p % view.count * stride + view.base
+        for fix in fixes:
+            target = base + layout.offset(fix.row, fix.col)
+            source = base + layout.offset(fix.source_row, fix.source_col)
+            with T.serial(0, fix.rows) as r, T.serial(0, fix.cols) as c:
+                step = r * row + c * column
+                if all(pick < 0 for pick in fix.pick):
+                    value = fill
+                else:
+                    picked = [pick if pick >= 0 else lanes for pick in fix.pick]
+                    value = tirx.Shuffle([y[ramp(source + step, lanes)], fill], picked)
+                T.buffer_store(y, value, [ramp(target + step, lanes)])

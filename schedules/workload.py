@@ -1,0 +1,102 @@
+"""A convolution as a value: what a kernel is chosen and tuned for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+SIGNATURE_BLOCK = 32  # input channels per block in the sparsity signature
+
+
+@dataclass(frozen=True)
+class SparsitySignature:
+    """Where the nonzeros are, as far as a kernel's speed depends on it.
+
+    `row_quantiles` are the 10, 50 and 90 % quantiles of nonzeros per (output channel, block of 32
+    input channels). Two weights with one signature share tuning records.
+    """
+
+    density: float
+    pattern: str
+    row_quantiles: tuple[int, int, int]
+
+
+def signature(weight: NDArray[np.float32], pattern: str) -> SparsitySignature:
+    """The signature of a weight [O, C / groups, kh, kw]."""
+    o, c = weight.shape[:2]
+    nonzero = (weight.reshape(o, c, -1) != 0).sum(2)
+    starts = np.arange(0, c, SIGNATURE_BLOCK)
+    per_block = np.add.reduceat(nonzero, starts, axis=1).ravel()
+    low, middle, high = np.quantile(per_block, [0.1, 0.5, 0.9], method="nearest")
+    density = float(np.count_nonzero(weight)) / max(weight.size, 1)
+    return SparsitySignature(round(density, 3), pattern, (int(low), int(middle), int(high)))
+
+
+@dataclass(frozen=True)
+class ConvWorkload:
+    """A 2-D convolution with its epilogue, fp32.
+
+    Shapes: x [batch, in_channels, height, width], weight [out_channels, in_channels / groups,
+    *kernel], y [batch, out_channels, out_height, out_width]. `padding` is top, left, bottom,
+    right. `activation` is (low, high) of the clamp after bias and residual, None for unbounded.
+    """
+
+    batch: int
+    in_channels: int
+    height: int
+    width: int
+    out_channels: int
+    kernel: tuple[int, int]
+    strides: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    groups: int
+    sparsity: SparsitySignature
+    activation: tuple[float | None, float | None] = (None, None)
+    residual: bool = False
+    dtype: str = field(default="float32")
+
+    @property
+    def out_height(self) -> int:
+        """Rows of the output plane."""
+        return self._extent(0, self.height, self.padding[0] + self.padding[2])
+
+    @property
+    def out_width(self) -> int:
+        """Columns of the output plane."""
+        return self._extent(1, self.width, self.padding[1] + self.padding[3])
+
+    def _extent(self, axis: int, size: int, padding: int) -> int:
+        reach = (self.kernel[axis] - 1) * self.dilation[axis] + 1
+        return (size + padding - reach) // self.strides[axis] + 1
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the dense convolution."""
+        taps = self.kernel[0] * self.kernel[1] * self.in_channels // self.groups
+        return self.batch * self.out_channels * self.out_height * self.out_width * taps
+
+    @property
+    def nonzero_macs(self) -> int:
+        """Multiply-adds on nonzero weights."""
+        return round(self.macs * self.sparsity.density)
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether no tap needs a neighbouring pixel."""
+        return self.kernel == (1, 1) and not any(self.padding)
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        return asdict(self)
+
+    @property
+    def key(self) -> str:
+        """A short stable hash of all fields."""
+        text = json.dumps(self.to_json(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
