@@ -1,0 +1,197 @@
+"""The layers of an ONNX file that have constant weights, and how to put new weights there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from onnx.external_data_helper import uses_external_data
+
+from topiarist.errors import ModelError
+
+LayerKind = Literal["Conv", "Gemm", "MatMul"]
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedLayer:
+    """A Conv, Gemm or MatMul whose weight is a constant of the file.
+
+    `weight` is [O, C / groups, kh, kw], fully connected [M, K, 1, 1], in the stored dtype; 1-D
+    convolutions have kh = 1, 3-D ones have depth and height together. `weight_name` is the
+    tensor in the file; layers that share one have the same.
+    """
+
+    name: str
+    kind: LayerKind
+    node: Any  # onnx.NodeProto
+    weight_name: str
+    weight: NDArray[Any]
+    groups: int
+    stored_shape: tuple[int, ...]
+    transposed: bool  # stored as [K, M]
+
+    def as_stored(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Values of the shape of `weight` -> of the shape in the file."""
+        if self.transposed:
+            return values.reshape(values.shape[:2]).T
+        return values.reshape(self.stored_shape)
+
+
+def weighted_layers(model: onnx.ModelProto) -> list[WeightedLayer]:
+    """All layers of the main graph with constant floating-point weights, in file order.
+
+    A layer is called as its node is; where that is empty or not unique, as its weight without
+    ".weight". Raises ModelError if a weight is in an external file that was not loaded.
+    """
+    constants = _constants(model.graph)
+    nodes = [n for n in model.graph.node if _weight_input(n) in constants]
+    names = _layer_names(nodes)
+    arrays: dict[str, NDArray[Any]] = {}
+    layers = []
+    for node, name in zip(nodes, names, strict=True):
+        source = constants[_weight_input(node)]
+        if source.name not in arrays:
+            arrays[source.name] = _to_array(source.tensor, source.name)
+        layer = _layer(node, name, source.name, arrays[source.name])
+        if layer is not None:
+            layers.append(layer)
+    return layers
+
+
+def attribute(node: Any, name: str, default: Any) -> Any:
+    """The value of an ONNX attribute, or the default."""
+    for item in node.attribute:
+        if item.name == name:
+            return onnx.helper.get_attribute_value(item)
+    return default
+
+
+def replace_weights(model: onnx.ModelProto, weights: dict[str, NDArray[Any]]) -> None:
+    """Put arrays of the stored shape and dtype in the place of the named tensors, in `model`."""
+    sources = {source.name: source.tensor for source in _constants(model.graph).values()}
+    for name, array in weights.items():
+        tensor = sources[name]
+        if isinstance(tensor, onnx.SparseTensorProto):
+            _fill_sparse(tensor, array)
+        else:
+            replacement = numpy_helper.from_array(np.ascontiguousarray(array), tensor.name)
+            replacement.doc_string = tensor.doc_string
+            tensor.CopyFrom(replacement)
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """A tensor of the file under the name it is defined by."""
+
+    name: str
+    tensor: Any  # onnx.TensorProto or onnx.SparseTensorProto
+
+
+def _constants(graph: Any) -> dict[str, _Constant]:
+    """Value name -> tensor: initializers, Constant nodes, and Identity nodes of these."""
+    found = {t.name: _Constant(t.name, t) for t in graph.initializer}
+    found |= {t.values.name: _Constant(t.values.name, t) for t in graph.sparse_initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            for item in node.attribute:
+                if item.name == "value":
+                    found[node.output[0]] = _Constant(node.output[0], item.t)
+                elif item.name == "sparse_value":
+                    found[node.output[0]] = _Constant(node.output[0], item.sparse_tensor)
+        elif node.op_type == "Identity" and node.input[0] in found:
+            found[node.output[0]] = found[node.input[0]]
+    return found
+
+
+def _weight_input(node: Any) -> str:
+    """Name of the value that a layer uses as its weight, "" for other operators."""
+    if node.domain in ("", "ai.onnx") and node.op_type in ("Conv", "Gemm", "MatMul"):
+        return str(node.input[1])
+    return ""
+
+
+def _layer_names(nodes: list[Any]) -> list[str]:
+    """A name for each layer, all different."""
+    by_node = Counter(n.name for n in nodes)
+    wanted = [
+        n.name if n.name and by_node[n.name] == 1 else _weight_input(n).removesuffix(".weight")
+        for n in nodes
+    ]
+    seen: Counter[str] = Counter()
+    names = []
+    for name in wanted:
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}:{seen[name]}")
+    return names
+
+
+def _layer(node: Any, name: str, weight_name: str, array: NDArray[Any]) -> WeightedLayer | None:
+    """The layer, or None if its weight is no convolution kernel or matrix of floats."""
+    is_conv = node.op_type == "Conv"
+    right_rank = array.ndim in (3, 4, 5) if is_conv else array.ndim == 2
+    if not right_rank or not array.size or not _is_float(array):
+        return None
+    transposed = not is_conv and not (node.op_type == "Gemm" and attribute(node, "transB", 0))
+    return WeightedLayer(
+        name=name,
+        kind=node.op_type,
+        node=node,
+        weight_name=weight_name,
+        weight=_output_channels_first(array, transposed),
+        groups=int(attribute(node, "group", 1)) if is_conv else 1,
+        stored_shape=array.shape,
+        transposed=transposed,
+    )
+
+
+def _output_channels_first(array: NDArray[Any], transposed: bool) -> NDArray[Any]:
+    """Stored weight -> [O, C / groups, kh, kw]."""
+    if array.ndim == 2:
+        return (array.T if transposed else array)[:, :, None, None]
+    if array.ndim == 3:
+        return array[:, :, None, :]
+    return array.reshape(*array.shape[:2], -1, array.shape[-1])
+
+
+def _is_float(array: NDArray[Any]) -> bool:
+    """Floating point, bfloat16 of ml_dtypes included."""
+    return np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16"
+
+
+def _to_array(tensor: Any, name: str) -> NDArray[Any]:
+    """The values of a dense or sparse tensor."""
+    if isinstance(tensor, onnx.SparseTensorProto):
+        return _from_sparse(tensor, name)
+    if uses_external_data(tensor):
+        raise ModelError(
+            f"{name}: its values are in a separate file that was not loaded; "
+            "load the model together with its external data (onnx.load(path))"
+        )
+    array: NDArray[Any] = numpy_helper.to_array(tensor)
+    return array
+
+
+def _from_sparse(tensor: Any, name: str) -> NDArray[Any]:
+    """Dense array of a SparseTensorProto; its indices are [nnz] linear or [nnz, rank]."""
+    values = _to_array(tensor.values, name)
+    indices = _to_array(tensor.indices, name)
+    shape = tuple(tensor.dims)
+    array = np.zeros(shape, dtype=values.dtype)
+    if indices.ndim == 1:
+        array.reshape(-1)[indices] = values
+    else:
+        array[tuple(indices.T)] = values
+    return array
+
+
+def _fill_sparse(tensor: Any, array: NDArray[Any]) -> None:
+    """Store the nonzeros of the array under linear indices."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    positions = np.flatnonzero(flat).astype(np.int64)
+    tensor.values.CopyFrom(numpy_helper.from_array(flat[positions], tensor.values.name))
+    tensor.indices.CopyFrom(numpy_helper.from_array(positions, tensor.indices.name))
