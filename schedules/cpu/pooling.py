@@ -1,0 +1,140 @@
+"""Max, average and global average pooling on lane-strided vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from topiarist.schedules.cpu import emit
+from topiarist.schedules.layout import LaneLayout, View
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+
+def pool_prim_func(
+    name: str,
+    mode: str,
+    x_view: View,
+    y_view: View,
+    *,
+    kernel: tuple[int, int],
+    strides: tuple[int, int],
+    padding: tuple[int, int],
+    batch: int,
+    threads: int,
+) -> Any:
+    """f(x, y) for max, f(x, scale, y) for avg; x is padded, its fill the neutral element.
+
+    `scale` holds one vector of 1 / count per output vector (`average_scale`).
+    """
+    a, b = x_view.layout, y_view.layout
+    lanes = b.grid.lanes
+    row, col = a.row_vectors * lanes, lanes
+    taps = [
+        (ky - padding[0]) * row + (kx - padding[1]) * col
+        for ky in range(kernel[0])
+        for kx in range(kernel[1])
+    ]
+    with emit.prim_func(name) as builder:
+        x = emit.argument("x", batch * a.size)
+        scale = None
+        if mode == "avg":
+            scale = emit.argument("scale", b.grid.rows * b.grid.cols * lanes)
+        y = emit.argument("y", batch * b.size)
+        with emit.loop(batch * y_view.count, threads) as p:
+            image, channel = p // y_view.count, p % y_view.count
+            x_base = image * a.size + x_view.base + channel * a.channel_stride
+            y_base = image * b.size + y_view.base + channel * b.channel_stride
+            with T.serial(0, b.grid.rows) as yi, T.serial(0, b.grid.cols) as xi:
+                at = x_base + a.offset(yi * strides[0], xi * strides[1])
+                value = x[emit.ramp(at + taps[0], lanes)]
+                for tap in taps[1:]:
+                    read = x[emit.ramp(at + tap, lanes)]
+                    value = T.max(value, read) if mode == "max" else value + read
+                if scale is not None:
+                    value = value * scale[emit.ramp((yi * b.grid.cols + xi) * lanes, lanes)]
+                T.buffer_store(y, value, [emit.ramp(y_base + b.offset(yi, xi), lanes)])
+        emit.write_halo(y, y_view, batch, threads)
+    return builder.get()
+
+
+def average_scale(
+    y: LaneLayout,
+    height: int,
+    width: int,
+    *,
+    kernel: tuple[int, int],
+    strides: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    count_include_pad: bool,
+) -> NDArray[np.float32]:
+    """1 / number of averaged values, for each output vector and lane of the grid of `y`.
+
+    With `count_include_pad` the padding counts, but not what lies beyond it (ONNX, AveragePool).
+    """
+    top, left, bottom, right = padding
+    pad = padding if count_include_pad else (0, 0, 0, 0)
+
+    def counts(out: NDArray[np.int64], axis: int) -> NDArray[np.int64]:
+        start = out * strides[axis] - (top, left)[axis]
+        low = -(pad[0], pad[1])[axis]
+        high = (height + pad[2], width + pad[3])[axis]
+        return np.minimum(start + kernel[axis], high) - np.maximum(start, low)
+
+    grid = y.grid
+    scale = np.zeros((grid.rows, grid.cols, grid.lanes), np.float32)
+    for yi in range(grid.rows):
+        for xi in range(grid.cols):
+            py, px = grid.lane_pixels(yi, xi)
+            count = np.maximum(counts(py, 0), 1) * np.maximum(counts(px, 1), 1)
+            scale[yi, xi] = 1.0 / count
+    return scale.ravel()
+
+
+def global_average_prim_func(name: str, x_view: View, *, batch: int, threads: int) -> Any:
+    """f(x, y): the mean over the picture; y is [N, C] row-major."""
+    layout, grid = x_view.layout, x_view.layout.grid
+    lanes = grid.lanes
+    masks = _masks(layout)
+    with emit.prim_func(name) as builder:
+        x = emit.argument("x", batch * layout.size)
+        y = emit.argument("y", batch * x_view.count)
+        with emit.loop(batch * x_view.count, threads) as p:
+            image, channel = p // x_view.count, p % x_view.count
+            base = image * layout.size + x_view.base + channel * layout.channel_stride
+            total = None
+            zero = emit.splat(0.0, lanes)
+            for (row, col), mask in masks.items():
+                value = x[emit.ramp(base + int(layout.offset(row, col)), lanes)]
+                if not mask.all():
+                    pick = [lane if mask[lane] else lanes for lane in range(lanes)]
+                    value = tirx.Shuffle([value, zero], pick)
+                total = value if total is None else total + value
+            summed = T.bind(total)
+            scale = T.float32(1.0 / (grid.height * grid.width))
+            T.buffer_store(y, _horizontal_sum(summed, lanes) * scale, [p])
+    return builder.get()
+
+
+def _masks(layout: LaneLayout) -> dict[tuple[int, int], NDArray[np.bool_]]:
+    """Which lanes of each vector hold a pixel; vectors without any are left out."""
+    grid, found = layout.grid, {}
+    for row in range(grid.rows):
+        for col in range(grid.cols):
+            y, x = grid.lane_pixels(row, col)
+            mask = (y < grid.height) & (x < grid.width)
+            if mask.any():
+                found[row, col] = mask
+    return found
+
+
+def _horizontal_sum(vector: Any, lanes: int) -> Any:
+    """The sum of a vector's lanes, by halves."""
+    while lanes > 1:
+        half = lanes // 2
+        low = tirx.Shuffle([vector], list(range(half)))
+        high = tirx.Shuffle([vector], list(range(half, lanes)))
+        vector, lanes = T.bind(low + high), half
+    return vector

@@ -1,0 +1,110 @@
+"""Moves a tensor from one layout to another, by a table of positions per vector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from topiarist.schedules.cpu import emit
+from topiarist.schedules.layout import Grid, LaneLayout, PlainLayout, View
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+IntArray = NDArray[np.int32]
+
+
+def _pixel_at(layout: LaneLayout) -> NDArray[np.int64]:
+    """[H, W] positions of the pixels of channel 0."""
+    grid = layout.grid
+    y, x = np.mgrid[: grid.height, : grid.width]
+    lane = y // grid.rows * grid.sx + x // grid.cols
+    return np.asarray(layout.offset(y % grid.rows, x % grid.cols) + lane)
+
+
+def gather_tables(source: NDArray[np.int64], target: LaneLayout) -> tuple[IntArray, IntArray]:
+    """Where each stored vector starts, and the source position of each of its lanes or -1.
+
+    `source` is [H, W]: where each pixel of channel 0 lies.
+    """
+    grid: Grid = target.grid
+    top, left, bottom, right = target.halo
+    starts, picks = [], []
+    for row in range(-top, grid.rows + bottom):
+        for col in range(-left, grid.cols + right):
+            y, x = grid.lane_pixels(row, col)
+            inside = (y >= 0) & (y < grid.height) & (x >= 0) & (x < grid.width)
+            at = source[np.where(inside, y, 0), np.where(inside, x, 0)]
+            picks.append(np.where(inside, at, -1))
+            starts.append(int(target.offset(row, col)))
+    return np.asarray(starts, np.int32), np.concatenate(picks).astype(np.int32)
+
+
+def to_lanes_tables(source: PlainLayout | LaneLayout, target: LaneLayout) -> tuple[IntArray, ...]:
+    """The tables of `to_lanes_prim_func`."""
+    if isinstance(source, LaneLayout):
+        return gather_tables(_pixel_at(source), target)
+    height, width = target.grid.height, target.grid.width
+    return gather_tables(np.arange(height * width).reshape(height, width), target)
+
+
+def _strides(layout: PlainLayout | LaneLayout) -> tuple[int, int]:
+    """(per image, per channel) distances in values."""
+    if isinstance(layout, LaneLayout):
+        return layout.size, layout.channel_stride
+    plane = layout.shape[2] * layout.shape[3]
+    return layout.shape[1] * plane, plane
+
+
+def to_lanes_prim_func(
+    name: str,
+    source: PlainLayout | View,
+    target: View,
+    *,
+    batch: int,
+    threads: int,
+) -> Any:
+    """f(x, starts, picks, y): halo included."""
+    layout, lanes = target.layout, target.layout.grid.lanes
+    x_layout = source.layout if isinstance(source, View) else source
+    x_image, x_channel = _strides(x_layout)
+    x_first = source.base if isinstance(source, View) else 0
+    x_size = batch * x_layout.size if isinstance(source, View) else x_layout.size
+    top, left, bottom, right = layout.halo
+    vectors = (layout.grid.rows + top + bottom) * (layout.grid.cols + left + right)
+    with emit.prim_func(name) as builder:
+        x = emit.argument("x", x_size)
+        starts = emit.argument("starts", vectors, "int32")
+        picks = emit.argument("picks", vectors * lanes, "int32")
+        y = emit.argument("y", batch * layout.size)
+        with emit.loop(batch * target.count, threads) as p:
+            image, channel = p // target.count, p % target.count
+            x_base = image * x_image + channel * x_channel + x_first
+            y_base = image * layout.size + target.base + channel * layout.channel_stride
+            with T.serial(0, vectors) as v, T.vectorized(0, lanes) as lane:
+                pick = picks[v * lanes + lane]
+                value = tirx.if_then_else(pick >= 0, x[x_base + pick], T.float32(layout.fill))
+                T.buffer_store(y, value, [y_base + starts[v] + lane])
+    return builder.get()
+
+
+def from_lanes_table(source: LaneLayout) -> IntArray:
+    """The table of `from_lanes_prim_func`: where each pixel of channel 0 lies."""
+    return _pixel_at(source).ravel().astype(np.int32)
+
+
+def from_lanes_prim_func(name: str, source: View, *, batch: int, threads: int) -> Any:
+    """f(x, picks, y): to row-major [N, C, H, W]."""
+    layout = source.layout
+    plane = layout.grid.height * layout.grid.width
+    with emit.prim_func(name) as builder:
+        x = emit.argument("x", batch * layout.size)
+        picks = emit.argument("picks", plane, "int32")
+        y = emit.argument("y", batch * source.count * plane)
+        with emit.loop(batch * source.count, threads) as p:
+            image, channel = p // source.count, p % source.count
+            base = image * layout.size + source.base + channel * layout.channel_stride
+            with T.serial(0, plane) as i:
+                T.buffer_store(y, x[base + picks[i]], [p * plane + i])
+    return builder.get()
