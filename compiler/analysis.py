@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx.shape_inference import InferenceError, infer_shapes
+from onnx.shape_inference import infer_shapes
 
-from topiarist.errors import ModelError
 from topiarist.pruning.layers import WeightedLayer, attribute, weighted_layers
 from topiarist.pruning.patterns import find_pattern
 
@@ -44,10 +43,7 @@ class LayerReport:
 
 
 def analyse(model: onnx.ModelProto) -> list[LayerReport]:
-    """A report per layer with constant weights, in file order.
-
-    Raises ModelError if the shapes in the file contradict each other.
-    """
+    """A report per layer with constant weights, in file order."""
     shapes = _value_shapes(model)
     first_user: dict[str, str] = {}
     reports = []
@@ -100,10 +96,7 @@ def _value_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     fixed.CopyFrom(model)
     for value in fixed.graph.input:
         _fix_batch(value)
-    try:
-        graph = infer_shapes(fixed, data_prop=True).graph
-    except (InferenceError, ValueError) as error:
-        raise ModelError(f"the model's shapes can't be inferred: {error}") from error
+    graph = infer_shapes(fixed, data_prop=True).graph
     shapes = {}
     for value in (*graph.value_info, *graph.output):
         dims = value.type.tensor_type.shape.dim

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,10 @@ from onnx.external_data_helper import uses_external_data
 from topiarist.errors import ModelError
 
 LayerKind = Literal["Conv", "Gemm", "MatMul"]
+
+# Names that exporters count up by themselves: the weight's name says more.
+_AUTOMATIC = re.compile(r"^(node_)?(conv|conv2d|convolution|gemm|linear|matmul)_?\d*$", re.I)
+_WEIGHT_ENDING = re.compile(r"([._/]weights?|[._/]kernel|_w_0|_w|[./]w)(:0)?$", re.I)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,16 +49,16 @@ class WeightedLayer:
 def weighted_layers(model: onnx.ModelProto) -> list[WeightedLayer]:
     """All layers of the main graph with constant floating-point weights, in file order.
 
-    A layer is called as its node is; where that is empty or not unique, as its weight without
-    ".weight". Raises ModelError if a weight is in an external file that was not loaded.
+    Layers are called as `node_names` says. Raises ModelError if a weight is in an external file
+    that was not loaded.
     """
     constants = _constants(model.graph)
-    nodes = [n for n in model.graph.node if _weight_input(n) in constants]
-    names = _layer_names(nodes)
     arrays: dict[str, NDArray[Any]] = {}
     layers = []
-    for node, name in zip(nodes, names, strict=True):
-        source = constants[_weight_input(node)]
+    for node, name in zip(model.graph.node, node_names(model.graph), strict=True):
+        source = constants.get(_weight_input(node))
+        if source is None:
+            continue
         if source.name not in arrays:
             arrays[source.name] = _to_array(source.tensor, source.name)
         layer = _layer(node, name, source.name, arrays[source.name])
@@ -115,19 +119,32 @@ def _weight_input(node: Any) -> str:
     return ""
 
 
-def _layer_names(nodes: list[Any]) -> list[str]:
-    """A name for each layer, all different."""
-    by_node = Counter(n.name for n in nodes)
-    wanted = [
-        n.name if n.name and by_node[n.name] == 1 else _weight_input(n).removesuffix(".weight")
-        for n in nodes
-    ]
-    seen: Counter[str] = Counter()
-    names = []
-    for name in wanted:
-        seen[name] += 1
-        names.append(name if seen[name] == 1 else f"{name}:{seen[name]}")
-    return names
+def node_names(graph: Any) -> list[str]:
+    """For each node the name by which users know it, all different.
+
+    That is the name in the file; where an exporter only counted (Conv_12), the weight's name
+    without its ending.
+    """
+    weights = {t.name for t in graph.initializer}
+    weights |= {t.values.name for t in graph.sparse_initializer}
+    taken: dict[str, None] = {}
+    for index, node in enumerate(graph.node):
+        base = name = _readable_name(node, weights, index)
+        copies = 1
+        while name in taken:
+            copies += 1
+            name = f"{base}_{copies}"
+        taken[name] = None
+    return list(taken)
+
+
+def _readable_name(node: Any, weights: set[str], index: int) -> str:
+    """The node's own name, or its weight's, or operator and position."""
+    weight = _weight_input(node)
+    stem = _WEIGHT_ENDING.sub("", weight)
+    if weight in weights and stem != weight and _AUTOMATIC.match(node.name or "conv"):
+        return stem
+    return str(node.name) or f"{node.op_type.lower()}_{index}"
 
 
 def _layer(node: Any, name: str, weight_name: str, array: NDArray[Any]) -> WeightedLayer | None:

@@ -117,9 +117,7 @@ def _parse_method(pattern: str, density: float | None) -> tuple[_Method, float]:
     if not 0 < n < m:
         raise ValueError(f"pattern {pattern!r}: N:M needs 0 < N < M")
     if density is not None and abs(_check_density(density, "density") - n / m) > 0.005:
-        raise ValueError(
-            f"pattern {pattern} means density {n / m:g}, got {density:g}: leave it out"
-        )
+        raise ValueError(f"pattern {pattern} has density {n / m:g}, got {density:g}: leave it out")
     return _Method(pattern, n, m), n / m
 
 
