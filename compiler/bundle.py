@@ -1,0 +1,253 @@
+"""A compiled network on disk: a folder with `lib.so`, `weights.bin` and `manifest.json`.
+
+Writing is all or nothing. Opening trusts nothing it can check: schema, versions, CPU, the size
+and hash of each file. (The hashes find damage; they are no protection against an attacker, for
+the library is native code. Open only bundles of whom you trust.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+from numpy.typing import NDArray
+
+from topiarist.compiler import manifest as manifests
+from topiarist.compiler.compiled import CompiledModel
+from topiarist.compiler.manifest import FileEntry, Manifest, ParamEntry, SourceModel
+from topiarist.compiler.runtime import ALIGNMENT, versions
+from topiarist.errors import BuildError, BundleError, ModelError, OutputError
+from topiarist.targets.detect import runs_here
+
+LIBRARY = "lib.so"
+WEIGHTS = "weights.bin"
+MANIFEST = "manifest.json"
+_FILES = {LIBRARY, WEIGHTS, MANIFEST}
+_AGAIN = "compile the model again"
+
+
+def check_writable(path: Path | str) -> Path:
+    """The bundle's absolute path, or OutputError when no bundle could be written there.
+
+    For before a long compilation: it creates and removes a folder beside the bundle.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file; name another output")
+    if path.is_dir() and not _replaceable(path):
+        raise OutputError(f"{path} is a folder that is no bundle; name another output")
+    if not path.parent.is_dir():
+        raise OutputError(f"the folder {path.parent} of the output doesn't exist; create it first")
+    probe = _beside(path, "probe")
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise OutputError(f"can't write {path}: {error.strerror}") from error
+    return path
+
+
+def write_bundle(
+    compiled: CompiledModel, path: Path | str, *, source: Path | str | None = None
+) -> Path:
+    """Write the compiled network as a bundle; an existing bundle is replaced.
+
+    `source` is the model file that was compiled. Raises OutputError when the folder can't be
+    written and BuildError when linking fails; then nothing is left and an old bundle is intact.
+    """
+    path = check_writable(path)
+    origin = None if source is None else describe_source(Path(source))
+    aside = _beside(path, "new")
+    try:
+        aside.mkdir()
+        _fill(aside, compiled, origin)
+        _put_in_place(aside, path)
+    except OSError as error:
+        raise OutputError(f"can't write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return path
+
+
+def describe_source(model: Path) -> SourceModel:
+    """Name, hash and place of a model file. Raises ModelError if it can't be read."""
+    try:
+        return SourceModel(model.name, hash_file(model), str(model.resolve()))
+    except OSError as error:
+        raise ModelError(f"can't read the model {model}: {error.strerror}") from error
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(path: Path | str) -> Manifest:
+    """The manifest of a bundle. Raises BundleError if there is none that can be understood."""
+    folder = Path(path)
+    data = _read_json(folder)
+    if data.get("format") != manifests.FORMAT:
+        raise BundleError(f"{folder} is no topiarist bundle: its {MANIFEST} says something else")
+    if data.get("schema") != manifests.SCHEMA:
+        raise BundleError(
+            f"{folder} has the bundle schema {data.get('schema')!r} and this version of topiarist "
+            f"reads {manifests.SCHEMA}; {_AGAIN} with this version"
+        )
+    if data.get("digest") != manifests.digest(data):
+        raise BundleError(f"{folder}/{MANIFEST} was altered after it was compiled; {_AGAIN}")
+    try:
+        return manifests.parse(data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(f"{folder}/{MANIFEST} is damaged ({error!r}); {_AGAIN}") from error
+
+
+def open_manifest(path: Path | str) -> Manifest:
+    """The manifest of a bundle that is whole and runs on this machine; BundleError otherwise."""
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if reason := runs_here(manifest.target):
+        raise BundleError(f"{folder} can't run here: {reason}; compile it for --target host")
+    _check_versions(folder, manifest)
+    for name in (LIBRARY, WEIGHTS):
+        _check_file(folder / name, manifest)
+    return manifest
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        problem = "is no folder" if folder.exists() else "doesn't exist"
+        raise BundleError(f"{folder} {problem}; a bundle is written by `topiarist compile`")
+    try:
+        data = json.loads((folder / MANIFEST).read_bytes())
+    except OSError as error:
+        raise BundleError(
+            f"{folder} is no bundle: {MANIFEST} can't be read ({error.strerror})"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{folder}/{MANIFEST} is damaged: it is no JSON; {_AGAIN}") from error
+    if not isinstance(data, dict):
+        raise BundleError(f"{folder}/{MANIFEST} is damaged: it is no JSON object; {_AGAIN}")
+    return data
+
+
+def _check_versions(folder: Path, manifest: Manifest) -> None:
+    for package in ("apache-tvm", "apache-tvm-ffi"):
+        built, here = manifest.versions.get(package, "none"), versions()[package]
+        if _release(built) != _release(here):
+            raise BundleError(
+                f"{folder} was compiled with {package} {built} and {here} is installed; "
+                f"{_AGAIN}, or install {package}=={built}"
+            )
+
+
+def _release(version: str) -> tuple[str, ...]:
+    """`0.27.0.post1` -> (0, 27, 0): the parts that binary compatibility depends on."""
+    return tuple(version.split("+")[0].split(".")[:3])
+
+
+def _check_file(path: Path, manifest: Manifest) -> None:
+    expected = manifest.files.get(path.name)
+    try:
+        if expected is not None and path.stat().st_size != expected.size:
+            raise BundleError(
+                f"{path} has {path.stat().st_size} bytes and {expected.size} were written; {_AGAIN}"
+            )
+        if expected is None or hash_file(path) != expected.sha256:
+            raise BundleError(f"{path} was altered after it was compiled; {_AGAIN}")
+    except OSError as error:
+        raise BundleError(f"{path} can't be read ({error.strerror}); {_AGAIN}") from error
+
+
+def _fill(folder: Path, compiled: CompiledModel, source: SourceModel | None) -> None:
+    _export(compiled, folder / LIBRARY)
+    params = _write_weights(compiled.params, folder / WEIGHTS)
+    manifest = Manifest(
+        versions=versions(),
+        target=compiled.target,
+        threads=compiled.threads,
+        inputs=compiled.inputs,
+        outputs=compiled.outputs,
+        params=params,
+        layers=compiled.layers,
+        files={name: _describe(folder / name) for name in (LIBRARY, WEIGHTS)},
+        source=source,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    (folder / MANIFEST).write_text(manifest.dumps(), encoding="utf-8")
+
+
+def _export(compiled: CompiledModel, library: Path) -> None:
+    from tvm.support.cc import get_cc
+
+    compiler = get_cc()
+    if compiler is None or shutil.which(compiler) is None:
+        raise BuildError(
+            f"no C compiler to link the network with ({compiler or 'gcc'} isn't there); "
+            "install gcc, or set CC to a compiler"
+        )
+    try:
+        compiled.executable.export_library(str(library))
+    except (RuntimeError, subprocess.CalledProcessError) as error:
+        reason = " ".join(str(error).split())[:500]
+        raise BuildError(f"{compiler} failed to link the network: {reason}") from error
+
+
+def _write_weights(arrays: Sequence[NDArray[np.generic]], path: Path) -> tuple[ParamEntry, ...]:
+    """Write the arrays one after the other, each at an aligned offset."""
+    entries = []
+    with path.open("wb") as file:
+        for array in arrays:
+            file.write(bytes(-file.tell() % ALIGNMENT))
+            entries.append(ParamEntry(file.tell(), array.shape, array.dtype.name))
+            file.write(np.ascontiguousarray(array).data)
+        file.write(bytes(ALIGNMENT))  # never empty, so that it can be mapped
+    return tuple(entries)
+
+
+def _describe(path: Path) -> FileEntry:
+    return FileEntry(path.stat().st_size, hash_file(path))
+
+
+def _put_in_place(aside: Path, path: Path) -> None:
+    """Rename the finished folder to its name; an old bundle goes only when that has worked."""
+    with _moved_away(path):
+        aside.rename(path)
+
+
+@contextlib.contextmanager
+def _moved_away(path: Path) -> Iterator[None]:
+    old = _beside(path, "old")
+    existed = path.exists()
+    if existed:
+        path.rename(old)
+    try:
+        yield
+    except BaseException:
+        if existed:
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _replaceable(folder: Path) -> bool:
+    """Whether the folder is empty or a bundle, with nothing else in it."""
+    try:
+        found = {entry.name for entry in folder.iterdir()}
+    except OSError as error:
+        raise OutputError(f"can't write {folder}: {error.strerror}") from error
+    return not found or (LIBRARY in found and found <= _FILES)
+
+
+def _beside(path: Path, purpose: str) -> Path:
+    """A new hidden name in the folder of the bundle, so that renaming stays on one disk."""
+    return path.parent / f".{path.name}.{purpose}-{uuid4().hex[:8]}"

@@ -1,0 +1,122 @@
+"""TVM's runtime without TVM's compiler: loads in milliseconds what `import tvm` takes seconds for.
+
+Only `tvm_ffi` and the shared library `libtvm_runtime` are used. Where the process has imported
+`tvm` already, the same library is found loaded and everything works alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.metadata
+import importlib.util
+import math
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from topiarist.errors import TopiaristError
+
+ALIGNMENT = 64  # bytes; generated code uses aligned vector moves and crashes on less
+
+_CPU, _DEVICE, _POOLED_ALLOCATOR = 1, 0, 2
+_BIG_CORES = 1
+_Result = TypeVar("_Result")
+_of_thread = threading.local()
+
+
+def versions() -> dict[str, str]:
+    """The versions that compiled code depends on: topiarist, apache-tvm and apache-tvm-ffi."""
+    packages = ("topiarist", "apache-tvm", "apache-tvm-ffi")
+    return {package: _version(package) for package in packages}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+@cache
+def load() -> Any:
+    """Load the runtime library once and return the module `tvm_ffi`."""
+    import tvm_ffi
+
+    spec = importlib.util.find_spec("tvm")  # finds the package without importing it
+    if spec is None or spec.origin is None:
+        raise TopiaristError("the package apache-tvm isn't installed: `pip install topiarist`")
+    library = Path(spec.origin).parent / "lib" / "libtvm_runtime.so"
+    try:
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise TopiaristError(
+            f"TVM's runtime can't be loaded ({error}); reinstall apache-tvm"
+        ) from error
+    # TVM pins the calling thread to the first core, and even out of a taskset: never here.
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+    return tvm_ffi
+
+
+def load_main(library: Path) -> Callable[..., Any]:
+    """The VM function `main` of an exported library. Raises RuntimeError if it can't be loaded."""
+    module = load().load_module(str(library.resolve()))
+    machine = module["vm_load_executable"]()
+    machine["vm_initialization"](_CPU, _DEVICE, _POOLED_ALLOCATOR)
+    main: Callable[..., Any] = machine["main"]
+    return main
+
+
+class ThreadPool:
+    """Runs calls with TVM's pool set to `threads`.
+
+    TVM keeps one pool for each calling thread and never lets it grow. A thread whose pool is too
+    small already (by code that ran before) is left alone: the calls then go to a thread of ours.
+    """
+
+    def __init__(self, threads: int) -> None:
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        self.threads = threads
+        self._own: ThreadPoolExecutor | None = None
+
+    def call(self, function: Callable[[], _Result]) -> _Result:
+        """`function()`, with this number of threads."""
+        if _set_threads(self.threads):
+            return function()
+        if self._own is None:
+            self._own = ThreadPoolExecutor(1, "topiarist", _set_threads, (self.threads,))
+        return self._own.submit(function).result()
+
+
+def _set_threads(threads: int) -> bool:
+    """Size the calling thread's pool; False if it was made smaller before."""
+    ffi = load()
+    current = ffi.get_global_func("runtime.NumThreads")
+    if getattr(_of_thread, "has_pool", False) and current() == threads:
+        return True
+    os.environ["TVM_NUM_THREADS"] = str(max(threads, _environment_threads()))
+    ffi.get_global_func("runtime.config_threadpool")(_BIG_CORES, threads)
+    _of_thread.has_pool = True
+    return bool(current() == threads)
+
+
+def _environment_threads() -> int:
+    with contextlib.suppress(ValueError):
+        return int(os.environ.get("TVM_NUM_THREADS", ""))
+    return 1
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An uninitialised array whose data pointer is aligned for generated code."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)

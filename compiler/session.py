@@ -1,0 +1,199 @@
+"""Running a compiled network, with the habits of ONNX Runtime's sessions."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from topiarist.compiler import runtime
+from topiarist.compiler.bundle import LIBRARY, WEIGHTS, open_manifest
+from topiarist.compiler.compiled import TensorSignature
+from topiarist.compiler.manifest import Manifest
+from topiarist.errors import BundleError
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class NodeArg:
+    """An input or output as ONNX Runtime's `get_inputs()` describes it."""
+
+    name: str
+    shape: list[int]
+    type: str
+
+
+class Session:
+    """A bundle ready to run.
+
+        session = Session("model.topi")
+        (scores,) = session.run(None, {"input": images})
+
+    `threads` is by default what the bundle was compiled for. The threads are TVM's pool, which
+    all sessions that one Python thread runs share. A session may be used from several Python
+    threads; its runs then wait for each other.
+
+    Raises BundleError when the bundle is missing, damaged, of another version, or for a CPU with
+    other instructions.
+    """
+
+    def __init__(self, path: Path | str, *, threads: int | None = None) -> None:
+        folder = Path(path).resolve()
+        self.manifest: Manifest = open_manifest(folder)
+        self._pool = runtime.ThreadPool(self.manifest.threads if threads is None else threads)
+        self._lock = threading.Lock()
+        ffi = runtime.load()
+        try:
+            self._main = runtime.load_main(folder / LIBRARY)
+            self._params = ffi.convert(_map_params(folder / WEIGHTS, self.manifest, ffi))
+        except (RuntimeError, OSError, AttributeError) as error:
+            raise BundleError(f"{folder} can't be loaded: {error}") from error
+        self._buffers = [runtime.aligned_empty(s.shape, np.dtype(s.dtype)) for s in self.inputs]
+        self._arguments = [ffi.from_dlpack(b) for b in self._buffers]
+
+    @property
+    def inputs(self) -> tuple[TensorSignature, ...]:
+        """Name, shape and dtype of each input."""
+        return self.manifest.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSignature, ...]:
+        """Name, shape and dtype of each output."""
+        return self.manifest.outputs
+
+    @property
+    def threads(self) -> int:
+        """The threads that a run uses."""
+        return self._pool.threads
+
+    def get_inputs(self) -> list[NodeArg]:
+        """The inputs in ONNX Runtime's form."""
+        return [_node_arg(s) for s in self.inputs]
+
+    def get_outputs(self) -> list[NodeArg]:
+        """The outputs in ONNX Runtime's form."""
+        return [_node_arg(s) for s in self.outputs]
+
+    def run(
+        self, output_names: Sequence[str] | None, inputs: Mapping[str, ArrayLike]
+    ) -> list[Array]:
+        """Run the network and return the named outputs, or all of them for None.
+
+        The first axis may be a multiple of the compiled batch: the network then runs several
+        times. Raises ValueError, with what was expected, for other names, dtypes or shapes.
+        """
+        wanted = self._positions(output_names)
+        arrays = self._checked(inputs)
+        chunks = self._chunks(arrays)
+        results = [_batched_empty(s, chunks) for s in self.outputs]
+        with self._lock:
+            self._pool.call(lambda: self._run_chunks(arrays, results, chunks))
+        return [results[i] for i in wanted]
+
+    def _run_chunks(self, arrays: list[Array], results: list[Array], chunks: int) -> None:
+        for chunk in range(chunks):
+            for buffer, array in zip(self._buffers, arrays, strict=True):
+                np.copyto(buffer, _part(array, buffer.shape, chunk))
+            returned = self._main(*self._arguments, self._params)
+            tensors = [returned] if len(results) == 1 and _is_tensor(returned) else list(returned)
+            for result, signature, tensor in zip(results, self.outputs, tensors, strict=True):
+                np.copyto(_part(result, signature.shape, chunk), np.from_dlpack(tensor))
+
+    def _positions(self, names: Sequence[str] | None) -> list[int]:
+        known = [s.name for s in self.outputs]
+        unknown = [n for n in names or () if n not in known]
+        if unknown:
+            raise ValueError(f"no output named {unknown[0]!r}; the outputs are {', '.join(known)}")
+        return [known.index(n) for n in names or known]
+
+    def _checked(self, inputs: Mapping[str, ArrayLike]) -> list[Array]:
+        """The arrays in the order of the inputs, each of the expected dtype and rank."""
+        expected = ", ".join(describe(s) for s in self.inputs)
+        unknown = sorted(set(inputs) - {s.name for s in self.inputs})
+        if unknown:
+            raise ValueError(f"no input named {unknown[0]!r}; expected {expected}")
+        missing = [s.name for s in self.inputs if s.name not in inputs]
+        if missing:
+            raise ValueError(f"the input {missing[0]!r} is missing; expected {expected}")
+        return [_checked_array(s, np.asarray(inputs[s.name])) for s in self.inputs]
+
+    def _chunks(self, arrays: list[Array]) -> int:
+        """How many times the network has to run for these arrays."""
+        counts = {self._chunks_of(s, a) for s, a in zip(self.inputs, arrays, strict=True)}
+        if len(counts) > 1:
+            raise ValueError("the inputs have different numbers of samples on their first axes")
+        return counts.pop()
+
+    def _chunks_of(self, signature: TensorSignature, array: Array) -> int:
+        if array.shape == signature.shape:
+            return 1
+        batch = signature.shape[0] if signature.shape else 0
+        fits = batch > 0 and array.shape[1:] == signature.shape[1:]
+        if not (fits and array.shape[0] > 0 and array.shape[0] % batch == 0 and self.batched):
+            several = f" (or a multiple of {batch} on the first axis)" if self.batched else ""
+            raise ValueError(
+                f"the input {signature.name!r} has the shape {list(array.shape)}; "
+                f"expected {list(signature.shape)}{several}"
+            )
+        return int(array.shape[0] // batch)
+
+    @property
+    def batched(self) -> bool:
+        """Whether all inputs and outputs have the same first axis, taken for the batch."""
+        firsts = {s.shape[0] if s.shape else None for s in (*self.inputs, *self.outputs)}
+        return len(firsts) == 1 and None not in firsts and 0 not in firsts
+
+
+def describe(signature: TensorSignature) -> str:
+    """`input: float32 [1, 3, 224, 224]`."""
+    return f"{signature.name}: {signature.dtype} {list(signature.shape)}"
+
+
+def _checked_array(signature: TensorSignature, array: Array) -> Array:
+    if array.dtype != np.dtype(signature.dtype):
+        raise ValueError(
+            f"the input {signature.name!r} has the dtype {array.dtype}; "
+            f"expected {signature.dtype} {list(signature.shape)}"
+        )
+    return array
+
+
+def _map_params(weights: Path, manifest: Manifest, ffi: Any) -> list[Any]:
+    """The parameters as tensors on the mapped file: nothing is read before it is used."""
+    with weights.open("rb") as file:
+        # A private mapping: DLPack refuses read-only arrays, and nobody writes.
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    return [
+        ffi.from_dlpack(np.ndarray(p.shape, np.dtype(p.dtype), buffer=mapped, offset=p.offset))
+        for p in manifest.params
+    ]
+
+
+def _batched_empty(signature: TensorSignature, chunks: int) -> Array:
+    dtype = np.dtype(signature.dtype)
+    if chunks == 1:
+        return np.empty(signature.shape, dtype)
+    return np.empty((chunks * signature.shape[0], *signature.shape[1:]), dtype)
+
+
+def _part(array: Array, shape: tuple[int, ...], chunk: int) -> Array:
+    """The chunk's samples; the array itself where one run takes all."""
+    if array.shape == shape:
+        return array
+    return array[chunk * shape[0] : (chunk + 1) * shape[0]]
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "__dlpack__")
+
+
+def _node_arg(signature: TensorSignature) -> NodeArg:
+    kind = {"float32": "float", "float64": "double"}.get(signature.dtype, signature.dtype)
+    return NodeArg(signature.name, list(signature.shape), f"tensor({kind})")
