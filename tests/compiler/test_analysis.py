@@ -8,6 +8,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from topiarist.compiler.analysis import analyse
+from topiarist.compiler.light_models import light_model
+from topiarist.compiler.onnx_normalise import normalise
 
 RNG = np.random.default_rng(0)
 
@@ -111,3 +113,12 @@ def test_not_finite_weights_are_noted():
 def test_light_models_have_no_constant_weights():
     path = onnx.__path__[0] + "/backend/test/data/light/light_resnet50.onnx"
     assert analyse(onnx.load(path)) == []
+
+
+@pytest.mark.parametrize("name", ["resnet50", "squeezenet", "shufflenet", "inception_v1"])
+def test_layers_have_the_names_that_the_compiler_uses(name):
+    model = light_model(name)
+    compiled = {node.name for node in normalise(model, None).graph.node}
+    reports = analyse(model)
+    assert len(reports) > 20
+    assert {report.layer for report in reports} <= compiled
