@@ -1,0 +1,300 @@
+"""Which kernel, knobs and layouts every layer gets: by measurement, dense candidates included.
+
+For each of the few cheapest lattice assignments every convolution's candidates are timed in the
+layouts that the layer would really have; the assignment with the smallest sum over layers, moves
+between layouts included, wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from topiarist.compiler.graph import Conv, Graph, Linear
+from topiarist.compiler.lattice import assign_lattices, find_levels
+from topiarist.compiler.layouts import LayoutPlan, LayoutPlanner, Place
+from topiarist.compiler.measure import Timer
+from topiarist.compiler.program import Ref
+from topiarist.pruning.patterns import find_pattern
+from topiarist.schedules.cpu import linear, relayout
+from topiarist.schedules.cpu.direct import ConvViews, DirectConfig, refuses_views
+from topiarist.schedules.kernels import CONV_KERNELS, ConvKernel
+from topiarist.schedules.layout import PlainLayout, View
+from topiarist.schedules.workload import ConvWorkload, signature
+from topiarist.targets.spec import TargetSpec
+
+Progress = Callable[[str, int, int], None]
+ASSIGNMENTS = 2
+HOPELESS = 2.0  # a dense estimate this much above the best one is timed once only
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel of one layer, what else was timed, and why it was chosen."""
+
+    kernel: str
+    config: DirectConfig | None
+    run_us: float | None
+    reason: str
+    candidates: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Layouts of all values and kernels of all convolutions and fully connected layers."""
+
+    layouts: LayoutPlan
+    choices: dict[str, Choice]
+    total_us: float
+
+
+def workload_of(node: Conv, graph: Graph) -> ConvWorkload:
+    """The layer as a workload."""
+    n, c, h, w = graph.values[node.inputs[0]].shape
+    act = node.activation
+    pattern = str(find_pattern(node.weight, node.groups))
+    kh, kw = node.weight.shape[2:]
+    return ConvWorkload(
+        batch=n,
+        in_channels=c,
+        height=h,
+        width=w,
+        out_channels=node.weight.shape[0],
+        kernel=(kh, kw),
+        strides=node.strides,
+        padding=node.padding,
+        dilation=node.dilation,
+        groups=node.groups,
+        sparsity=signature(node.weight, pattern),
+        activation=(None, None) if act is None else (act.low, act.high),
+        residual=node.residual is not None,
+    )
+
+
+def conv_views(node: Conv, layouts: LayoutPlan) -> ConvViews:
+    """Where the layer reads and writes."""
+    views = [place.view for place in (*layouts.reads[node.name], layouts.places[node.output])]
+    assert all(isinstance(view, View) for view in views), node.name
+    x, *residual, y = (view for view in views if isinstance(view, View))
+    return ConvViews(x, y, residual[0] if residual else None)
+
+
+def _anonymous(views: ConvViews) -> ConvViews:
+    """The views as far as speed depends on them: which channels of a buffer does not matter."""
+
+    def strip(view: View | None) -> View | None:
+        return None if view is None else replace(view, first=0)
+
+    x, y = strip(views.x), strip(views.y)
+    assert x is not None and y is not None
+    return ConvViews(x, y, strip(views.residual))
+
+
+class Chooser:
+    """Times candidates, remembering layers that are alike."""
+
+    def __init__(
+        self, graph: Graph, target: TargetSpec, threads: int, *, dense: bool, progress: Progress
+    ) -> None:
+        self.graph = graph
+        self.target = target
+        self.threads = threads
+        self.dense = dense
+        self.progress = progress
+        self.timer = Timer(target, threads)
+        self.workloads = {
+            node.name: workload_of(node, graph) for node in graph.nodes if isinstance(node, Conv)
+        }
+        self._convs: dict[Any, Choice] = {}
+        self._moves: dict[Any, float] = {}
+
+    def choose(self) -> Plan:
+        """The fastest plan among the best lattice assignments."""
+        assignments = assign_lattices(find_levels(self.graph, self.target.lanes), ASSIGNMENTS)
+        convs = [node for node in self.graph.nodes if isinstance(node, Conv)]
+        steps = max(1, len(assignments)) * len(convs)
+        plans = []
+        for i, lattices in enumerate(assignments or [{}]):
+            layouts = LayoutPlanner(self.graph, lattices).plan()
+            choices = {}
+            for j, node in enumerate(convs):
+                self.progress("time kernels", i * len(convs) + j, steps)
+                choices[node.name] = self._conv(node, conv_views(node, layouts))
+            moves = sum(self._move_us(layouts, copy.value, copy.place)
+                        for copy in layouts.copies.values())
+            total = moves + sum(choice.run_us or 0.0 for choice in choices.values())
+            plans.append(Plan(layouts, choices, total))
+        self.progress("time kernels", steps, steps)
+        best = min(plans, key=lambda plan: plan.total_us)
+        return replace(best, choices={**best.choices, **self._linears()})
+
+    def _conv(self, node: Conv, views: ConvViews) -> Choice:
+        workload = self.workloads[node.name]
+        same = replace(workload.sparsity, density=round(workload.sparsity.density, 2),
+                       row_quantiles=(0, 0, 0))
+        key = (replace(workload, sparsity=same), _anonymous(views))
+        if key not in self._convs:
+            self._convs[key] = self._contest(node, workload, views)
+        return self._convs[key]
+
+    def _contest(self, node: Conv, workload: ConvWorkload, views: ConvViews) -> Choice:
+        why = refuses_views(workload, views)
+        assert why is None, f"{node.name}: {why}"
+        timed: list[tuple[float, ConvKernel, DirectConfig]] = []
+        refusals = []
+        for kernel in CONV_KERNELS:
+            if self.dense and kernel.sparse:
+                continue
+            refusal = kernel.refuses(workload, self.target)
+            if refusal is not None:
+                refusals.append(f"{kernel.name}: {refusal}")
+                continue
+            for config in self._shortlist(kernel, workload, views):
+                us = self._time(kernel, config, node, workload, views)
+                timed.append((us, kernel, config))
+        timed.sort(key=lambda entry: entry[0])
+        us, kernel, config = timed[0]
+        return Choice(
+            kernel.name,
+            config,
+            us,
+            _reason(kernel, timed, refusals),
+            tuple((f"{k.name} {_show(c)}", round(t, 2)) for t, k, c in timed),
+        )
+
+    def _shortlist(
+        self, kernel: ConvKernel, workload: ConvWorkload, views: ConvViews
+    ) -> list[DirectConfig]:
+        """The candidates worth timing: more of those that may win."""
+        density = workload.sparsity.density
+        blocks = workload.sparsity.pattern.startswith("block")
+        if kernel.name == "direct_sparse":
+            count = 2 if blocks else 6
+        elif kernel.name == "block_sparse":
+            count = 6 if blocks else 1
+        else:
+            count = 6 if density > 0.6 else 3 if density > 0.25 else 1
+        fitting = (c for c in kernel.knobs(workload, self.target, views)
+                   if kernel.fits(workload, c, views))
+        return [config for config, _ in zip(fitting, range(count), strict=False)]
+
+    def _time(
+        self,
+        kernel: ConvKernel,
+        config: DirectConfig,
+        node: Conv,
+        workload: ConvWorkload,
+        views: ConvViews,
+    ) -> float:
+        packed = kernel.pack(node.weight, workload, config, views, self.threads)
+        function = kernel.prim_func("kernel", workload, config, views, self.threads)
+        args: list[Any] = [_ref("x", views.x, workload.batch), *packed, node.bias]
+        if views.residual is not None:
+            args.append(_ref("residual", views.residual, workload.batch))
+        args.append(_ref("y", views.y, workload.batch))
+        return self.timer.time_us(function, args)
+
+    def _move_us(self, layouts: LayoutPlan, value: str, to: Place) -> float:
+        source = layouts.places[value].view
+        batch = self.graph.values[value].shape[0]
+        key = (source, to.view)
+        if key not in self._moves:
+            function, tables = move_function("move", source, to.view, batch, self.threads)
+            args = [_any_ref("x", source, batch), *tables, _any_ref("y", to.view, batch)]
+            self._moves[key] = self.timer.time_us(function, args)
+        return self._moves[key]
+
+    def _linears(self) -> dict[str, Choice]:
+        nodes = [node for node in self.graph.nodes if isinstance(node, Linear)]
+        return {node.name: self._linear(node) for node in nodes}
+
+    def _linear(self, node: Linear) -> Choice:
+        batch, inputs = self.graph.values[node.inputs[0]].shape
+        shape = linear_shape(node, batch)
+        lanes, timed = self.target.lanes, []
+        density = float(np.count_nonzero(node.weight)) / node.weight.size
+        x, y = Ref("x", (batch * inputs,)), Ref("y", (batch * len(node.bias),))
+        for kernel in LINEAR_KERNELS:
+            if kernel == "sparse_linear" and (self.dense or density > 0.75):
+                continue
+            function = linear_function(kernel, "kernel", shape, lanes, self.threads)
+            args = [x, *linear_params(kernel, node, lanes), y]
+            timed.append((self.timer.time_us(function, args), kernel))
+        timed.sort()
+        others = ", ".join(f"{name} {us:.0f} us" for us, name in timed[1:])
+        reason = f"fastest; {others}" if others else f"density {density:.2f}: dense only"
+        return Choice(
+            timed[0][1], None, timed[0][0], reason, tuple((n, round(t, 2)) for t, n in timed)
+        )
+
+
+LINEAR_KERNELS = ("sparse_linear", "dense_linear")
+
+
+def linear_shape(node: Linear, batch: int) -> linear.LinearShape:
+    """The fully connected layer's shape."""
+    act = node.activation
+    bounds = (None, None) if act is None else (act.low, act.high)
+    return linear.LinearShape(batch, node.weight.shape[1], node.weight.shape[0], bounds)
+
+
+def linear_function(
+    kernel: str, name: str, shape: linear.LinearShape, lanes: int, threads: int
+) -> Any:
+    """The TIR function of a fully connected kernel."""
+    make = {
+        "sparse_linear": linear.sparse_linear_prim_func,
+        "dense_linear": linear.dense_linear_prim_func,
+    }[kernel]
+    return make(name, shape, lanes, threads)
+
+
+def linear_params(kernel: str, node: Linear, lanes: int) -> list[Any]:
+    """The constants of a fully connected kernel, bias last."""
+    if kernel == "sparse_linear":
+        return [*linear.pack_sparse_linear(node.weight, lanes), node.bias]
+    return [linear.pack_dense_linear(node.weight, lanes), node.bias]
+
+
+def move_function(
+    name: str,
+    source: View | PlainLayout,
+    target: View | PlainLayout,
+    batch: int,
+    threads: int,
+) -> tuple[Any, list[Any]]:
+    """A relayout and its tables."""
+    if isinstance(target, View):
+        layout = source.layout if isinstance(source, View) else source
+        function = relayout.to_lanes_prim_func(name, source, target, batch=batch, threads=threads)
+        return function, list(relayout.to_lanes_tables(layout, target.layout))
+    assert isinstance(source, View)
+    function = relayout.from_lanes_prim_func(name, source, batch=batch, threads=threads)
+    return function, [relayout.from_lanes_table(source.layout)]
+
+
+def _ref(name: str, view: View, batch: int) -> Ref:
+    return Ref(name, (batch * view.layout.size,))
+
+
+def _any_ref(name: str, view: View | PlainLayout, batch: int) -> Ref:
+    return _ref(name, view, batch) if isinstance(view, View) else Ref(name, (view.size,))
+
+
+def _show(config: DirectConfig) -> str:
+    return f"{config.rows}x{config.cols}x{config.out_block}/{config.in_block}"
+
+
+def _reason(
+    winner: ConvKernel,
+    timed: list[tuple[float, ConvKernel, DirectConfig]],
+    refusals: list[str],
+) -> str:
+    best: dict[str, float] = {}
+    for us, kernel, _ in timed:
+        best.setdefault(kernel.name, us)
+    others = [f"{name} {us:.0f} us" for name, us in best.items() if name != winner.name]
+    return "; ".join([f"fastest of {len(timed)} timed", *others, *refusals])

@@ -1,0 +1,390 @@
+"""Layers with their kernels and layouts -> the program of kernel calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import tvm
+from numpy.typing import NDArray
+from tvm import relax
+
+from topiarist.compiler.choose import (
+    Choice,
+    Plan,
+    conv_views,
+    linear_function,
+    linear_params,
+    linear_shape,
+    move_function,
+    workload_of,
+)
+from topiarist.compiler.graph import (
+    Activation,
+    Add,
+    Affine,
+    Concat,
+    Conv,
+    GlobalPool,
+    Graph,
+    Linear,
+    Node,
+    Opaque,
+    Pool,
+    View,
+)
+from topiarist.compiler.layouts import Place
+from topiarist.compiler.program import Call, Program, Ref
+from topiarist.errors import ModelError
+from topiarist.schedules.cpu import elementwise, pooling
+from topiarist.schedules.kernels import conv_kernel
+from topiarist.schedules.layout import PlainLayout
+from topiarist.schedules.layout import View as ChannelView
+from topiarist.schedules.workload import SparsitySignature
+from topiarist.targets.spec import TargetSpec
+
+ANY_SPARSITY = SparsitySignature(0.0, "any", (0, 0, 0))
+
+
+def lower(graph: Graph, plan: Plan, target: TargetSpec, threads: int) -> Program:
+    """Emit every layer, with the moves between layouts that its readers need."""
+    return _Lowering(graph, plan, target, threads).run()
+
+
+def _bounds(activation: Activation | None) -> tuple[float | None, float | None]:
+    return (None, None) if activation is None else (activation.low, activation.high)
+
+
+class _Lowering:
+    def __init__(self, graph: Graph, plan: Plan, target: TargetSpec, threads: int) -> None:
+        self.graph = graph
+        self.plan = plan
+        self.target = target
+        self.threads = threads
+        self.made: dict[Any, str] = {}  # what determines a function -> its name
+        self.alias: dict[str, str] = {}  # value -> the value whose buffer it shares
+        self.copied: set[str] = set()
+        inputs = tuple(self._plain_ref(name) for name in graph.inputs)
+        self.program = Program(inputs)
+
+    def run(self) -> Program:
+        for node in self.graph.nodes:
+            for place in self.plan.layouts.reads[node.name]:
+                self._ensure_copy(place)
+            self._emit(node)
+        self.program.outputs = tuple(self._output(name) for name in self.graph.outputs)
+        return self.program
+
+    def _emit(self, node: Node) -> None:
+        emitters: dict[type[Node], Callable[[Any], None]] = {
+            Conv: self._conv,
+            Linear: self._linear,
+            Pool: self._pool,
+            GlobalPool: self._global_pool,
+            Add: self._add,
+            Affine: self._affine,
+            Concat: self._concat,
+            View: self._view,
+            Opaque: self._opaque,
+        }
+        emitters[type(node)](node)
+
+    def _function(self, key: Any, label: str, make: Callable[[str], Any]) -> str:
+        """The name of the function for this key, made on first use."""
+        if key not in self.made:
+            name = f"{label}_{len(self.made)}"
+            self.program.functions[name] = make(name)
+            self.made[key] = name
+        return self.made[key]
+
+    def _call(self, layer: str, function: str, *args: Ref | NDArray[Any]) -> None:
+        program = self.program
+        packed = tuple(a if isinstance(a, Ref) else program.parameter(a) for a in args)
+        program.calls.append(Call(layer, function, packed))
+
+    def _batch(self, value: str) -> int:
+        return self.graph.values[value].shape[0]
+
+    def _plain_ref(self, value: str) -> Ref:
+        v = self.graph.values[value]
+        return Ref(self._buffer(value), v.shape, v.dtype)
+
+    def _buffer(self, value: str) -> str:
+        while value in self.alias:
+            value = self.alias[value]
+        return value
+
+    def _flat(self, place: Place, value: str) -> Ref:
+        """The place's whole buffer as a flat tensor."""
+        if isinstance(place.view, PlainLayout):
+            dtype = self.graph.values[value].dtype
+            return Ref(self._buffer(place.buffer), (place.view.size,), dtype)
+        return Ref(place.buffer, (self._batch(value) * place.view.layout.size,))
+
+    def _reads(self, node: Node) -> list[tuple[Place, Ref]]:
+        places = self.plan.layouts.reads[node.name]
+        return [
+            (place, self._flat(place, name))
+            for place, name in zip(places, node.inputs, strict=True)
+        ]
+
+    def _writes(self, node: Node) -> tuple[Place, Ref]:
+        place = self.plan.layouts.places[node.output]
+        return place, self._flat(place, node.output)
+
+    def _ensure_copy(self, place: Place) -> None:
+        copy = self.plan.layouts.copies.get(place.buffer)
+        if copy is None or place.buffer in self.copied:
+            return
+        self.copied.add(place.buffer)
+        self._move(copy.value, place)
+
+    def _move(self, value: str, to: Place) -> None:
+        source = self.plan.layouts.places[value]
+        batch = self._batch(value)
+        function, tables = move_function("move", source.view, to.view, batch, self.threads)
+        name = self._function(
+            ("move", source.view, to.view, batch),
+            "move",
+            lambda name: function.with_attr("global_symbol", name),
+        )
+        self._call(f"{value} to {to.view}", name, self._flat(source, value), *tables,
+                   self._flat(to, value))
+
+    def _conv(self, node: Conv) -> None:
+        choice = self.plan.choices[node.name]
+        assert choice.config is not None
+        kernel, config = conv_kernel(choice.kernel), choice.config
+        workload = workload_of(node, self.graph)
+        views = conv_views(node, self.plan.layouts)
+        general = replace(workload, sparsity=ANY_SPARSITY)
+        h, k = workload.height, workload.kernel[0]
+        label = f"{kernel.name}_{workload.in_channels}x{h}_{workload.out_channels}_k{k}"
+        name = self._function(
+            (kernel.name, general, config, views),
+            label,
+            lambda name: kernel.prim_func(name, workload, config, views, self.threads),
+        )
+        (_, x), *residual = self._reads(node)
+        packed = kernel.pack(node.weight, workload, config, views, self.threads)
+        refs = [ref for _, ref in residual]
+        self._call(node.name, name, x, *packed, node.bias, *refs, self._writes(node)[1])
+
+    def _linear(self, node: Linear) -> None:
+        choice: Choice = self.plan.choices[node.name]
+        batch, lanes = self._batch(node.inputs[0]), self.target.lanes
+        shape = linear_shape(node, batch)
+        name = self._function(
+            (choice.kernel, shape),
+            choice.kernel,
+            lambda name: linear_function(choice.kernel, name, shape, lanes, self.threads),
+        )
+        params = linear_params(choice.kernel, node, lanes)
+        self._call(node.name, name, self._reads(node)[0][1], *params, self._writes(node)[1])
+
+    def _pool(self, node: Pool) -> None:
+        (place, x), (target, y) = self._reads(node)[0], self._writes(node)
+        if isinstance(place.view, PlainLayout) or isinstance(target.view, PlainLayout):
+            raise ModelError(f"{node.name}: pooling of a plane with one pixel is not supported")
+        batch, source, to = self._batch(node.output), place.view, target.view
+        name = self._function(
+            (node.mode, source, to, node.kernel, node.strides, node.padding, batch),
+            f"{node.mode}_pool",
+            lambda name: pooling.pool_prim_func(
+                name,
+                node.mode,
+                source,
+                to,
+                kernel=node.kernel,
+                strides=node.strides,
+                padding=node.padding[:2],
+                batch=batch,
+                threads=self.threads,
+            ),
+        )
+        scale: list[NDArray[Any]] = []
+        if node.mode == "avg":
+            height, width = self.graph.values[node.inputs[0]].shape[2:]
+            scale = [
+                pooling.average_scale(
+                    to.layout,
+                    height,
+                    width,
+                    kernel=node.kernel,
+                    strides=node.strides,
+                    padding=node.padding,
+                    count_include_pad=node.count_include_pad,
+                )
+            ]
+        self._call(node.name, name, x, *scale, y)
+
+    def _global_pool(self, node: GlobalPool) -> None:
+        (place, x), (_, y) = self._reads(node)[0], self._writes(node)
+        view, batch = place.view, self._batch(node.output)
+        if isinstance(view, PlainLayout):  # one pixel: its own mean
+            self.alias[node.output] = node.inputs[0]
+            return
+        name = self._function(
+            ("global", view, batch),
+            "global_average",
+            lambda name: pooling.global_average_prim_func(
+                name, view, batch=batch, threads=self.threads
+            ),
+        )
+        self._call(node.name, name, x, y)
+
+    def _add(self, node: Add) -> None:
+        (a_place, a), (b_place, b) = self._reads(node)
+        target, y = self._writes(node)
+        bounds = _bounds(node.activation)
+        views = [p.view for p in (a_place, b_place, target)]
+        lanes = [view for view in views if isinstance(view, ChannelView)]
+        batch = self._batch(node.output)
+        if len(lanes) == 3:
+            make: Callable[[str], Any] = lambda name: elementwise.add_prim_func(  # noqa: E731
+                name, *lanes, activation=bounds, batch=batch, threads=self.threads
+            )
+        else:
+            layout = PlainLayout(self.graph.values[node.output].shape)
+            make = lambda name: elementwise.plain_add_prim_func(  # noqa: E731
+                name, layout, activation=bounds
+            )
+        name = self._function(("add", tuple(views), bounds, batch), "add", make)
+        self._call(node.name, name, a, b, y)
+
+    def _affine(self, node: Affine) -> None:
+        (place, x), (target, y) = self._reads(node)[0], self._writes(node)
+        scaled = node.scale is not None
+        bounds, batch = _bounds(node.activation), self._batch(node.output)
+        source, to = place.view, target.view
+        if isinstance(source, ChannelView) and isinstance(to, ChannelView):
+            name = self._affine_function(source, to, scaled, bounds, batch)
+        else:
+            layout = PlainLayout(self.graph.values[node.output].shape)
+            name = self._function(
+                ("plain affine", layout, scaled, bounds),
+                "affine",
+                lambda name: elementwise.plain_affine_prim_func(
+                    name, layout, scaled=scaled, activation=bounds
+                ),
+            )
+        params = [array for array in (node.scale, node.shift) if array is not None]
+        self._call(node.name, name, x, *params, y)
+
+    def _affine_function(
+        self,
+        source: ChannelView,
+        to: ChannelView,
+        scaled: bool,
+        bounds: tuple[float | None, float | None],
+        batch: int,
+    ) -> str:
+        return self._function(
+            ("affine", source, to, scaled, bounds, batch),
+            "affine",
+            lambda name: elementwise.affine_prim_func(
+                name,
+                source,
+                to,
+                scaled=scaled,
+                activation=bounds,
+                batch=batch,
+                threads=self.threads,
+            ),
+        )
+
+    def _concat(self, node: Concat) -> None:
+        """Copy the parts that their layers could not write in place."""
+        target, y = self._writes(node)
+        if isinstance(target.view, PlainLayout):
+            raise ModelError(f"{node.name}: concatenation of one-pixel planes is not supported")
+        first, batch = target.view.first, self._batch(node.output)
+        for (place, x), value in zip(self._reads(node), node.inputs, strict=True):
+            count = self.graph.values[value].shape[1]
+            part = ChannelView(target.view.layout, first, count)
+            first += count
+            if self.plan.layouts.places[value] == Place(target.buffer, part):
+                continue
+            assert isinstance(place.view, ChannelView)
+            name = self._affine_function(place.view, part, False, (None, None), batch)
+            self._call(node.name, name, x, y)
+
+    def _view(self, node: View) -> None:
+        place = self.plan.layouts.reads[node.name][0]
+        self.alias[node.output] = place.buffer
+
+    def _opaque(self, node: Opaque) -> None:
+        """Run TVM's own lowering of the operator on row-major tensors."""
+        steps, constants = _legalise(node)
+        refs: dict[str, Ref] = {}
+        places = self.plan.layouts.reads[node.name]
+        for variable, value, place in zip(node.arguments, node.inputs, places, strict=True):
+            shape, dtype = self.graph.values[value].shape, self.graph.values[value].dtype
+            refs[variable.name] = Ref(self._buffer(place.buffer), shape, dtype)
+        for i, (function, args, (shape, dtype)) in enumerate(steps):
+            last = i == len(steps) - 1
+            buffer = node.output if last else f"{node.name}#{i}"
+            out = Ref(buffer, shape, dtype)
+            refs[f"step {i}"] = out
+            name = f"opaque_{len(self.made)}"
+            self.made[node.name, i] = name
+            self.program.functions[name] = function.with_attr("global_symbol", name)
+            inputs = [refs[arg] if arg in refs else constants[arg] for arg in args]
+            self._call(node.name, name, *inputs, out)
+
+    def _output(self, value: str) -> Ref:
+        place = self.plan.layouts.places[value]
+        shape, dtype = self.graph.values[value].shape, self.graph.values[value].dtype
+        if isinstance(place.view, PlainLayout):
+            ref = Ref(self._buffer(place.buffer), shape, dtype)
+            given = {r.buffer for r in self.program.inputs}
+            if ref.buffer not in given:
+                return ref
+            raise ModelError(f"the output {value} is an input unchanged; there is nothing to run")
+        buffer = f"{value}@output"
+        self._move(value, Place(buffer, PlainLayout(shape)))
+        return Ref(buffer, shape, dtype)
+
+
+Step = tuple[Any, list[str], tuple[tuple[int, ...], str]]
+
+
+def _legalise(node: Opaque) -> tuple[list[Step], dict[str, NDArray[Any]]]:
+    """(function, argument names, output shape and dtype) of each call, and the constants.
+
+    Arguments are named by their Relax variable, "step i" for the result of step i.
+    """
+    result = relax.Var("result", node.call.ty)
+    block = relax.BindingBlock([relax.VarBinding(result, node.call)])
+    params = list({v.name: v for v in node.arguments}.values())
+    function = relax.Function(params, relax.SeqExpr([block], result), node.call.ty)
+    module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
+    module = relax.transform.LegalizeOps()(module)
+    names: dict[str, str] = {variable.name: variable.name for variable in params}
+    steps: list[Step] = []
+    constants: dict[str, NDArray[Any]] = {}
+    for binding_block in module["main"].body.blocks:
+        for binding in binding_block.bindings:
+            call = binding.value
+            if isinstance(call, relax.Var):
+                names[binding.var.name] = names[call.name]
+                continue
+            if call.op.name != "relax.call_tir":
+                raise ModelError(
+                    f"{node.name}: the operator {node.call.op.name} has no lowering in TVM; "
+                    "remove it from the model, or replace it by supported ones"
+                )
+            args = []
+            for arg in call.args[1].fields:
+                if isinstance(arg, relax.Var):
+                    args.append(names[arg.name])
+                else:
+                    key = f"constant {len(constants)}"
+                    constants[key] = arg.value.numpy()
+                    args.append(key)
+            names[binding.var.name] = f"step {len(steps)}"
+            shape = tuple(int(d) for d in binding.var.ty.shape)
+            steps.append((module[call.args[0]], args, (shape, str(binding.var.ty.dtype))))
+    return steps, constants

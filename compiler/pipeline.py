@@ -1,0 +1,155 @@
+"""The whole compiler on one screen: ONNX in, a compiled network out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from topiarist.compiler.build import build, to_relax
+from topiarist.compiler.bundle import check_writable, write_bundle
+from topiarist.compiler.choose import Chooser, Plan
+from topiarist.compiler.compiled import CompiledModel, LayerChoice, TensorSignature
+from topiarist.compiler.extract import extract_layers
+from topiarist.compiler.frontend import import_model
+from topiarist.compiler.graph import Conv, Graph, Linear
+from topiarist.compiler.lower import lower
+from topiarist.compiler.memory import MemoryPlan, plan_memory
+from topiarist.compiler.program import Program
+from topiarist.compiler.simplify import convolutions_to_linear
+from topiarist.targets import registry
+from topiarist.targets.detect import runs_here
+from topiarist.targets.spec import TargetSpec
+from topiarist.errors import TargetError
+
+Progress = Callable[[str, int, int], None]
+
+
+def compile_model(
+    model: Path,
+    *,
+    target: TargetSpec | str = "host",
+    output: Path | None = None,
+    threads: int = 1,
+    batch: int | None = None,
+    dense: bool = False,
+    dump_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> CompiledModel:
+    """Compile an ONNX file for a target, and write the bundle where `output` says.
+
+    `batch` overrides the model's batch size; `dense` leaves the sparse kernels out, which is what
+    a sparse build is compared with. `progress(stage, done, total)` is called along the way.
+    Raises ModelError, TargetError, OutputError or BuildError, each saying what to do.
+    """
+    spec = registry.get(target) if isinstance(target, str) else target
+    _require_measurable(spec)
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    if output is not None:
+        check_writable(output)
+    report = progress or (lambda stage, done, total: None)
+
+    report("import", 0, 1)
+    module = import_model(model, batch=batch)
+    graph = convolutions_to_linear(extract_layers(module))
+    report("import", 1, 1)
+    plan = Chooser(graph, spec, threads, dense=dense, progress=report).choose()
+    program = lower(graph, plan, spec, threads)
+    memory = plan_memory(program)
+    lowered = to_relax(program, memory)
+    report("generate code", 0, 1)
+    executable = build(lowered, spec)
+    report("generate code", 1, 1)
+
+    compiled = CompiledModel(
+        executable=executable,
+        params=tuple(program.params),
+        inputs=_signatures(graph, graph.inputs),
+        outputs=_signatures(graph, graph.outputs),
+        target=spec,
+        threads=threads,
+        layers=tuple(_layer_choices(graph, plan)),
+    )
+    if dump_dir is not None:
+        dump(dump_dir, module, graph, plan, program, memory, lowered)
+    if output is not None:
+        write_bundle(compiled, output, source=model)
+    return compiled
+
+
+def _require_measurable(spec: TargetSpec) -> None:
+    """Kernels are chosen by timing them, so this machine has to be able to run them."""
+    reason = runs_here(spec)
+    if reason is not None:
+        raise TargetError(
+            f"{spec.name}: {reason}. Kernels are chosen by measuring them here; compile on a "
+            "machine that has this instruction set, or choose another target "
+            "(`topiarist targets list`)."
+        )
+
+
+def _signatures(graph: Graph, names: tuple[str, ...]) -> tuple[TensorSignature, ...]:
+    values = [graph.values[name] for name in names]
+    return tuple(TensorSignature(v.name, v.shape, v.dtype) for v in values)
+
+
+def _layer_choices(graph: Graph, plan: Plan) -> list[LayerChoice]:
+    choices = []
+    for node in graph.nodes:
+        if not isinstance(node, Conv | Linear):
+            continue
+        choice = plan.choices[node.name]
+        shape = graph.values[node.output].shape
+        pixels = shape[0] * int(np.prod(shape[2:]))
+        nonzero = int(np.count_nonzero(node.weight))
+        choices.append(
+            LayerChoice(
+                layer=node.name,
+                kind="conv" if isinstance(node, Conv) else "linear",
+                kernel=choice.kernel,
+                config={} if choice.config is None else asdict(choice.config),
+                input_layout=str(_layout(plan.layouts.reads[node.name][0].view)),
+                output_layout=str(_layout(plan.layouts.places[node.output].view)),
+                density=nonzero / node.weight.size,
+                flops_dense=2 * node.weight.size * pixels,
+                flops_nonzero=2 * nonzero * pixels,
+                run_us=choice.run_us,
+                reason=choice.reason,
+                candidates=choice.candidates,
+            )
+        )
+    return choices
+
+
+def _layout(view: Any) -> Any:
+    return getattr(view, "layout", view)
+
+
+def dump(
+    folder: Path,
+    module: Any,
+    graph: Graph,
+    plan: Plan,
+    program: Program,
+    memory: MemoryPlan,
+    lowered: Any,
+) -> None:
+    """Write the state after each stage as text, for people."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "1_imported.py").write_text(module.script(show_meta=False))
+    lines = [f"{type(n).__name__} {n.name}: {n.inputs} -> {n.output}" for n in graph.nodes]
+    (folder / "2_layers.txt").write_text("\n".join(lines) + "\n")
+    places = {name: f"{p.buffer} {p.view}" for name, p in plan.layouts.places.items()}
+    choices = {name: asdict(choice) for name, choice in plan.choices.items()}
+    (folder / "3_plan.json").write_text(
+        json.dumps({"places": places, "choices": choices}, indent=1, default=str)
+    )
+    calls = [f"{c.layer}: {c.function}{c.args}" for c in program.calls]
+    memory_lines = [f"{sum(memory.sizes)} bytes in {len(memory.sizes)} storages"]
+    (folder / "4_program.txt").write_text("\n".join(memory_lines + calls) + "\n")
+    (folder / "5_lowered.py").write_text(lowered.script(show_meta=False))

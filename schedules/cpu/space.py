@@ -1,0 +1,160 @@
+"""The knobs of the direct convolution kernels, ranked by a cost estimate.
+
+The estimate only orders candidates; the ones that matter are measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from topiarist.schedules.cpu.direct import DirectConfig
+from topiarist.schedules.layout import Grid, LaneLayout
+from topiarist.schedules.workload import ConvWorkload
+from topiarist.targets.spec import TargetSpec
+
+ROW_END_CYCLES = 18.0  # a mispredicted end of a row of nonzeros
+NONZERO_CYCLES = 2.0  # index, broadcast and address of one nonzero
+SMALLEST_TILE = 2
+
+
+def tiles(grid: Grid, limit: int) -> list[tuple[int, int]]:
+    """(rows, cols) of vectors that divide the grid, at most `limit` vectors, large ones first."""
+    found = [
+        (r, v)
+        for r, v in itertools.product(range(1, grid.rows + 1), range(1, grid.cols + 1))
+        if r * v <= limit and grid.rows % r == 0 and grid.cols % v == 0
+    ]
+    return sorted(found, key=lambda t: (-t[0] * t[1], -t[1]))
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Cycles of a direct convolution on one core, from counts of instructions and footprints."""
+
+    workload: ConvWorkload
+    target: TargetSpec
+    x: LaneLayout
+    y: LaneLayout
+
+    def tile_bytes(self, tile: tuple[int, int]) -> int:
+        """Bytes of one input channel that a tile reads."""
+        lanes = self.y.grid.lanes
+        w = self.workload
+        spans = [
+            (t - 1) * s + (k - 1) * d + 1
+            for t, s, k, d in zip(tile, w.strides, w.kernel, w.dilation, strict=True)
+        ]
+        if self.x.tile is not None:
+            spans = [max(a, b) for a, b in zip(spans, self.x.tile, strict=True)]
+        return spans[0] * spans[1] * lanes * 4
+
+    def in_blocks(self, tile: tuple[int, int]) -> list[int]:
+        """Blocks of input channels whose reads fill a part of the caches."""
+        channels = self.workload.in_channels // self.workload.groups
+        per_channel = self.tile_bytes(tile)
+        found = {channels}
+        for budget in (self.target.l1d_bytes // 2, self.target.l1d_bytes, 6 * self.target.l1d_bytes):
+            block = max(8, budget // per_channel)
+            parts = max(1, round(channels / block))
+            found.add(-(-channels // parts))
+        return sorted(b for b in found if b * self.x.channel_stride // self.y.grid.lanes < 1 << 16)
+
+    def miss_factor(self, footprint: int) -> float:
+        """How much slower reads are when they come from further away."""
+        if footprint <= 0.75 * self.target.l1d_bytes:
+            return 1.0
+        return 1.5 if footprint <= 0.5 * self.target.l2_bytes else 2.5
+
+    def sparse_cycles(self, config: DirectConfig) -> float:
+        """The CSR form."""
+        w = self.workload
+        tile = (config.rows, config.cols)
+        vectors = config.rows * config.cols
+        grid = self.y.grid
+        tiles_all = w.batch * grid.rows * grid.cols / vectors
+        in_blocks = math.ceil(w.in_channels / w.groups / config.in_block)
+        rows = w.out_channels / config.out_block
+        taps = w.in_channels // w.groups * w.kernel[0] * w.kernel[1]
+        # A block of channels works on the union of their nonzeros.
+        union = 1 - (1 - w.sparsity.density) ** config.out_block
+        if w.sparsity.pattern.startswith("block"):
+            union = w.sparsity.density
+        nonzeros = rows * taps * union
+        factor = self.miss_factor(config.in_block * self.tile_bytes(tile))
+        fma = vectors * config.out_block / 2 + vectors * (factor - 1) / 2
+        per_row = ROW_END_CYCLES + 1.5 * vectors * config.out_block
+        return tiles_all * (nonzeros * (NONZERO_CYCLES + fma) + rows * in_blocks * per_row)
+
+    def dense_cycles(self, config: DirectConfig) -> float:
+        """The dense form."""
+        w = self.workload
+        vectors = config.rows * config.cols
+        grid = self.y.grid
+        tiles_all = w.batch * grid.rows * grid.cols / vectors
+        blocks = w.out_channels / config.out_block
+        taps = w.in_channels // w.groups * w.kernel[0] * w.kernel[1]
+        fmas = vectors * config.out_block
+        loads = vectors + config.out_block
+        # The latency of four cycles needs eight accumulators in flight.
+        cycles = max(fmas / 2, loads / 2, 4.0)
+        footprint = config.in_block * (
+            self.tile_bytes((config.rows, config.cols))
+            + config.out_block * w.kernel[0] * w.kernel[1] * 4
+        )
+        in_blocks = math.ceil(w.in_channels / w.groups / config.in_block)
+        factor = self.miss_factor(footprint)
+        return tiles_all * blocks * (taps * cycles * factor + in_blocks * 1.5 * fmas)
+
+
+def sparse_configs(
+    workload: ConvWorkload, target: TargetSpec, x: LaneLayout, y: LaneLayout
+) -> list[DirectConfig]:
+    """Configurations of the sparse kernel with one output channel, best estimate first."""
+    estimate = Estimator(workload, target, x, y)
+    limit = target.registers - 2
+    found = [
+        DirectConfig(*tile, 1, block)
+        for tile in tiles(y.grid, limit)
+        if tile[0] * tile[1] >= min(SMALLEST_TILE, y.grid.rows * y.grid.cols)
+        for block in estimate.in_blocks(tile)
+    ]
+    return sorted(found, key=estimate.sparse_cycles)
+
+
+def block_configs(
+    workload: ConvWorkload, target: TargetSpec, x: LaneLayout, y: LaneLayout, block: int
+) -> list[DirectConfig]:
+    """Configurations of the sparse kernel with `block` output channels, best estimate first."""
+    estimate = Estimator(workload, target, x, y)
+    limit = (target.registers - 4) // block
+    found = [
+        DirectConfig(*tile, block, in_block)
+        for tile in tiles(y.grid, limit)
+        for in_block in estimate.in_blocks(tile)
+    ]
+    return sorted(found, key=estimate.sparse_cycles)
+
+
+def dense_configs(
+    workload: ConvWorkload, target: TargetSpec, x: LaneLayout, y: LaneLayout
+) -> list[DirectConfig]:
+    """Configurations of the dense kernel, best estimate first."""
+    estimate = Estimator(workload, target, x, y)
+    group_out = workload.out_channels // workload.groups
+    group_in = workload.in_channels // workload.groups
+    found = set()
+    for out_block in (1, 2, 3, 4, 6, 8, 12):
+        if out_block > group_out:
+            continue
+        limit = max(1, (target.registers - 4) // out_block)
+        for tile in tiles(y.grid, limit):
+            for block in estimate.in_blocks(tile):
+                found.add(DirectConfig(*tile, out_block, _divisor(group_in, block)))
+    return sorted(found, key=lambda c: (estimate.dense_cycles(c), c.rows, c.cols))
+
+
+def _divisor(size: int, near: int) -> int:
+    """The largest divisor of `size` that is at most `near`."""
+    return max(d for d in range(1, min(size, near) + 1) if size % d == 0)

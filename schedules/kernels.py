@@ -1,0 +1,191 @@
+"""The contest: every kernel that can run a convolution, behind one interface.
+
+To add a kernel, write its file, make a subclass of `ConvKernel` and append it to `CONV_KERNELS`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from topiarist.schedules.cpu import direct, space
+from topiarist.schedules.cpu.direct import ConvViews, DirectConfig
+from topiarist.schedules.workload import ConvWorkload
+from topiarist.targets.spec import TargetSpec
+
+Packed = tuple[NDArray[np.generic], ...]
+MAX_SPARSE_DENSITY = 0.75  # above it the sparse form has never won
+BLOCK = 4
+
+
+class ConvKernel(ABC):
+    """A convolution kernel: who it serves, its knobs, its constants, its code.
+
+    The function takes (x, *constants, bias[, residual], y), flat fp32 buffers but for constants.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    sparse: ClassVar[bool]
+
+    @abstractmethod
+    def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
+        """Why the kernel can't run the layer on the target, None where it can."""
+
+    @abstractmethod
+    def knobs(
+        self, workload: ConvWorkload, target: TargetSpec, views: ConvViews
+    ) -> list[DirectConfig]:
+        """The search space between two layouts, most promising first."""
+
+    def fits(self, workload: ConvWorkload, config: DirectConfig, views: ConvViews) -> bool:
+        """Whether the configuration works between these layouts."""
+        if direct.refuses_views(workload, views) is not None:
+            return False
+        return direct.make_kernel(workload, config, views, 1) is not None
+
+    @abstractmethod
+    def pack(
+        self,
+        weight: NDArray[np.float32],
+        workload: ConvWorkload,
+        config: DirectConfig,
+        views: ConvViews,
+        threads: int,
+    ) -> Packed:
+        """The constants of a weight [O, C / groups, kh, kw]."""
+
+    @abstractmethod
+    def prim_func(
+        self,
+        name: str,
+        workload: ConvWorkload,
+        config: DirectConfig,
+        views: ConvViews,
+        threads: int,
+    ) -> Any:
+        """The TIR function."""
+
+
+def _loops(
+    workload: ConvWorkload, config: DirectConfig, views: ConvViews, threads: int
+) -> direct._Kernel:
+    kernel = direct.make_kernel(workload, config, views, threads)
+    if kernel is None:
+        raise ValueError(f"{config} does not fit {views.x.layout} -> {views.y.layout}")
+    return kernel
+
+
+class DirectSparse(ConvKernel):
+    """Direct sparse convolution, one output channel at a time."""
+
+    name = "direct_sparse"
+    sparse = True
+
+    def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
+        """Serves any shape; pays only where zeros are many."""
+        if workload.sparsity.density > MAX_SPARSE_DENSITY:
+            return f"density {workload.sparsity.density:.2f} is above {MAX_SPARSE_DENSITY}"
+        return None
+
+    def knobs(
+        self, workload: ConvWorkload, target: TargetSpec, views: ConvViews
+    ) -> list[DirectConfig]:
+        """Tiles of vectors and blocks of input channels."""
+        return space.sparse_configs(workload, target, views.x.layout, views.y.layout)
+
+    def pack(
+        self,
+        weight: NDArray[np.float32],
+        workload: ConvWorkload,
+        config: DirectConfig,
+        views: ConvViews,
+        threads: int,
+    ) -> Packed:
+        """values, offsets, starts."""
+        packed = direct.pack_sparse(_loops(workload, config, views, threads), weight)
+        if packed is None:
+            raise ValueError(f"{config}: an offset needs more than 16 bits")
+        return packed
+
+    def prim_func(
+        self,
+        name: str,
+        workload: ConvWorkload,
+        config: DirectConfig,
+        views: ConvViews,
+        threads: int,
+    ) -> Any:
+        """The CSR loops."""
+        return direct.sparse_prim_func(_loops(workload, config, views, threads), name)
+
+
+class BlockSparse(DirectSparse):
+    """Direct sparse convolution, four output channels at a time on the union of their nonzeros."""
+
+    name = "block_sparse"
+
+    def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
+        """Serves groups of four output channels."""
+        if workload.out_channels // workload.groups % BLOCK:
+            return f"output channels per group are no multiple of {BLOCK}"
+        return super().refuses(workload, target)
+
+    def knobs(
+        self, workload: ConvWorkload, target: TargetSpec, views: ConvViews
+    ) -> list[DirectConfig]:
+        """Tiles of vectors and blocks of input channels."""
+        return space.block_configs(workload, target, views.x.layout, views.y.layout, BLOCK)
+
+
+class DirectDense(ConvKernel):
+    """Direct dense convolution in the same layouts."""
+
+    name = "direct_dense"
+    sparse = False
+
+    def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
+        """Serves every convolution."""
+        return None
+
+    def knobs(
+        self, workload: ConvWorkload, target: TargetSpec, views: ConvViews
+    ) -> list[DirectConfig]:
+        """Tiles of vectors by output channels, and blocks of input channels."""
+        return space.dense_configs(workload, target, views.x.layout, views.y.layout)
+
+    def pack(
+        self,
+        weight: NDArray[np.float32],
+        workload: ConvWorkload,
+        config: DirectConfig,
+        views: ConvViews,
+        threads: int,
+    ) -> Packed:
+        """The blocked weight."""
+        return (direct.pack_dense(_loops(workload, config, views, threads), weight),)
+
+    def prim_func(
+        self,
+        name: str,
+        workload: ConvWorkload,
+        config: DirectConfig,
+        views: ConvViews,
+        threads: int,
+    ) -> Any:
+        """The dense loops."""
+        return direct.dense_prim_func(_loops(workload, config, views, threads), name)
+
+
+CONV_KERNELS: tuple[ConvKernel, ...] = (DirectSparse(), BlockSparse(), DirectDense())
+
+
+def conv_kernel(name: str) -> ConvKernel:
+    """The kernel of that name."""
+    for kernel in CONV_KERNELS:
+        if kernel.name == name:
+            return kernel
+    raise ValueError(f"no convolution kernel is called {name!r}")
