@@ -1,0 +1,172 @@
+"""`topiarist verify`, `bench` and `run`: what is done with a bundle."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from topiarist.compiler.cli_output import (
+    FAILED,
+    Debug,
+    Json,
+    command,
+    complain,
+    print_json,
+    print_table,
+    say,
+)
+
+if TYPE_CHECKING:
+    from topiarist.compiler.bench import BenchResult
+    from topiarist.compiler.session import Session
+    from topiarist.compiler.verify import VerifyResult
+
+Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE.topi", help="The bundle.")]
+
+
+@command
+def verify(
+    bundle: Bundle,
+    against: Annotated[Path, typer.Option(help="The ONNX model to compare with.")],
+    inputs: Annotated[
+        Path | None, typer.Option(help="Inputs by name in an .npz file; default: random ones.")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Largest difference, as a share of the output's range.")
+    ] = 1e-4,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare a bundle's outputs with ONNX Runtime's; exit code 1 if they differ."""
+    from topiarist.compiler.bundle import read_manifest
+    from topiarist.compiler.input_data import load_inputs
+    from topiarist.compiler.verify import verify as compare
+
+    arrays = None if inputs is None else load_inputs(inputs, read_manifest(bundle).inputs)
+    result = compare(bundle, against, arrays, tolerance=tolerance)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        _print_verified(result)
+    if not result.passed:
+        raise typer.Exit(FAILED)
+
+
+def _print_verified(result: VerifyResult) -> None:
+    rows: list[list[object]] = [
+        ["largest difference", f"{result.max_abs:.3e}"],
+        ["relative to the output's range", f"{result.max_rel:.3e}"],
+        ["same top-1 class", result.top1_agreement],
+        ["samples", result.samples],
+    ]
+    print_table(["", "value"], rows)
+    verdict = "passed" if result.passed else "FAILED"
+    say(f"{verdict}: the tolerance is {result.tolerance:g} of the output's range")
+
+
+@command
+def bench(
+    bundle: Bundle,
+    against: Annotated[
+        str, typer.Option(help="Engines to compare with, by comma: ort, openvino.")
+    ] = "ort",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of all engines; default: the bundle's.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="The model; default: the one that was compiled.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="How long to measure.")] = 5.0,
+    runs: Annotated[
+        int | None, typer.Option(min=1, help="Measure this many rounds instead.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time a bundle and other engines in turns, and give the ratio with its 95 % interval."""
+    from topiarist.compiler.bench import bench as measure
+    from topiarist.compiler.bundle import read_manifest
+
+    names = [name.strip() for name in against.split(",") if name.strip()]
+    result = measure(bundle, model, names, threads=threads, seconds=seconds, runs=runs)
+    compiled_for = read_manifest(bundle).threads
+    if result.threads != compiled_for:
+        complain(f"note: the bundle was compiled for {compiled_for} thread(s)")
+    if as_json:
+        print_json({"bundle": str(bundle), **result.to_json()})
+    else:
+        _print_measured(result)
+
+
+def _print_measured(result: BenchResult) -> None:
+    print_table(
+        ["engine", "version", "median ms", "p10", "p90", "rounds", "threads"],
+        [
+            [name, t.version, t.median_ms, t.p10_ms, t.p90_ms, t.runs, t.threads]
+            for name, t in result.engines.items()
+        ],
+    )
+    for name, r in result.ratio.items():
+        say(f"{r.median:.2f}x the speed of {name} (95 % interval {r.low:.2f} to {r.high:.2f})")
+
+
+@command
+def run(
+    bundle: Bundle,
+    inputs: Annotated[Path, typer.Option(help="Inputs by name in an .npz file.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the outputs to this .npz file.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads; default: the bundle's.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run a bundle on inputs from a file."""
+    from topiarist.compiler.input_data import load_inputs
+    from topiarist.compiler.session import Session
+
+    session = Session(bundle, threads=threads)
+    results = _named_results(session, load_inputs(inputs, session.inputs))
+    if output is not None:
+        save_arrays(output, results)
+    report = {name: _summary(array) for name, array in results.items()}
+    written = None if output is None else str(output)
+    if as_json:
+        print_json({"outputs": report, "written": written})
+        return
+    rows = [[name, *summary.values()] for name, summary in report.items()]
+    print_table(["output", "dtype", "shape", "min", "mean", "max"], rows)
+    if written:
+        say(f"wrote {written}")
+
+
+def _named_results(session: Session, feeds: dict[str, Any]) -> dict[str, Any]:
+    names = [signature.name for signature in session.outputs]
+    return dict(zip(names, session.run(None, feeds), strict=True))
+
+
+def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """An .npz file with arrays of any name (`numpy.savez` takes no array named `file`)."""
+    import numpy as np
+
+    with zipfile.ZipFile(path, "w") as file:
+        for name, array in arrays.items():
+            with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def _summary(array: Any) -> dict[str, Any]:
+    import numpy as np
+
+    finite = array[np.isfinite(array)]
+    values = [float(f(finite)) if finite.size else None for f in (np.min, np.mean, np.max)]
+    return {
+        "dtype": array.dtype.name,
+        "shape": list(array.shape),
+        **dict(zip(("min", "mean", "max"), values, strict=True)),
+    }

@@ -1,0 +1,242 @@
+"""`topiarist inspect`, `prune` and `compile`: from an ONNX model to a bundle."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from uuid import uuid4
+
+import typer
+
+from topiarist.compiler.cli_output import (
+    Debug,
+    Json,
+    command,
+    percent,
+    print_json,
+    print_table,
+    progress_bar,
+    say,
+)
+from topiarist.errors import OutputError
+from topiarist.targets import registry
+
+if TYPE_CHECKING:
+    import onnx
+
+    from topiarist.compiler.analysis import LayerReport
+    from topiarist.compiler.compiled import CompiledModel
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The ONNX model.")]
+Target = Annotated[str, typer.Option("--target", "-t", help="A target's name; host: this machine.")]
+
+
+@command
+def inspect(
+    model: Model,
+    target: Target = registry.HOST,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show each layer's density and pattern, and how much faster pruning could make the network."""
+    from topiarist.compiler.analysis import analyse
+    from topiarist.compiler.frontend import load_onnx
+
+    spec = registry.get(target)
+    layers = analyse(load_onnx(model))
+    total = _total(layers)
+    if as_json:
+        reports = [layer.to_json() for layer in layers]
+        print_json({"model": str(model), "target": spec.name, "layers": reports, "total": total})
+        return
+    print_table(
+        ["layer", "kind", "weight", "output", "density", "pattern", "dead filters", "MFLOP",
+         "nonzero", "note"],
+        [_inspect_row(layer) for layer in layers],
+    )  # fmt: skip
+    say(_ceiling_text(total))
+
+
+def _total(layers: list[LayerReport]) -> dict[str, Any]:
+    dense = sum(layer.flops_dense for layer in layers)
+    nonzero = sum(layer.flops_nonzero for layer in layers)
+    return {
+        "layers": len(layers),
+        "flops_dense": dense,
+        "flops_nonzero": nonzero,
+        "density": nonzero / dense if dense else None,
+        "ceiling": dense / nonzero if nonzero else None,
+    }
+
+
+def _inspect_row(layer: LayerReport) -> list[object]:
+    return [
+        layer.layer,
+        layer.kind,
+        _shape(layer.weight_shape),
+        _shape(layer.output_shape),
+        percent(layer.density),
+        layer.pattern,
+        layer.dead_filters,
+        f"{layer.flops_dense / 1e6:.1f}",
+        f"{layer.flops_nonzero / 1e6:.1f}",
+        layer.note,
+    ]
+
+
+def _ceiling_text(total: dict[str, Any]) -> str:
+    if total["ceiling"] is None:
+        return "no layer with weights whose size is known"
+    return (
+        f"{total['layers']} layers, {total['flops_dense'] / 1e9:.3f} GFLOP dense, "
+        f"{total['flops_nonzero'] / 1e9:.3f} GFLOP on nonzero weights: "
+        f"at most {total['ceiling']:.2f}x faster by skipping zeros"
+    )
+
+
+@command
+def prune(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The pruned ONNX model.")],
+    density: Annotated[
+        float | None, typer.Option(help="Share of each layer's weights that stay, 0 to 1.")
+    ] = None,
+    pattern: Annotated[
+        str, typer.Option(help="unstructured, block4x1, filter, or N:M such as 2:4.")
+    ] = "unstructured",
+    layer_density: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=D", help="Another density for one layer; repeatable."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Set the smallest weights to zero, once and without training: for trying out speed."""
+    from topiarist.compiler.frontend import load_onnx
+    from topiarist.pruning.one_shot import prune_model
+
+    _check_folder(output)
+    overrides = dict(parse_layer_density(text) for text in layer_density or [])
+    pruned, layers = prune_model(
+        load_onnx(model), density=density, pattern=pattern, layer_density=overrides
+    )
+    _save(pruned, output)
+    if as_json:
+        print_json({"output": str(output), "layers": [vars(layer) for layer in layers]})
+        return
+    print_table(
+        ["layer", "pattern", "density before", "after", "weights", "kept because"],
+        [
+            [p.layer, p.pattern, percent(p.density_before), percent(p.density_after), p.weights,
+             p.reason_kept or ""]
+            for p in layers
+        ],
+    )  # fmt: skip
+    say(f"wrote {output}")
+
+
+def parse_layer_density(text: str) -> tuple[str, float]:
+    """`conv1=0.5` -> ("conv1", 0.5). Raises ValueError for another form."""
+    name, _, density = text.rpartition("=")
+    try:
+        if name:
+            return name, float(density)
+    except ValueError:
+        pass
+    raise ValueError(f"--layer-density takes NAME=DENSITY such as conv1=0.5, got {text!r}")
+
+
+def _save(model: onnx.ModelProto, output: Path) -> None:
+    """Write the model aside and rename it: never half a model under its name."""
+    aside = output.with_name(f".{output.name}.{uuid4().hex[:8]}")
+    try:
+        aside.write_bytes(model.SerializeToString())
+        aside.replace(output)
+    except OSError as error:
+        raise OutputError(f"can't write {output}: {error.strerror}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _check_folder(output: Path) -> None:
+    if output.is_dir():
+        raise OutputError(f"{output} is a folder; name a file to write")
+    if not output.absolute().parent.is_dir():
+        raise OutputError(f"the folder {output.parent} of the output doesn't exist")
+
+
+@command
+def compile_(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle, such as model.topi.")],
+    target: Target = registry.HOST,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that the bundle runs with.")] = 1,
+    batch: Annotated[int | None, typer.Option(min=1, help="Batch, where the model's is open.")] = (
+        None
+    ),
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Don't skip zeros: for comparison.")
+    ] = False,
+    dump_dir: Annotated[
+        Path | None, typer.Option(help="Write the state after each stage to this folder.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compile a model into a bundle, choosing each layer's kernel by measuring."""
+    from topiarist.compiler.bundle import check_writable
+
+    spec = registry.get(target)
+    check_writable(output)
+    from topiarist.compiler.pipeline import compile_model
+
+    start = time.perf_counter()
+    with progress_bar(shown=not as_json) as progress:
+        compiled = compile_model(
+            model,
+            target=spec,
+            output=output,
+            threads=threads,
+            batch=batch,
+            dense=dense,
+            dump_dir=dump_dir,
+            progress=progress,
+        )
+    report = _compile_report(compiled, output, time.perf_counter() - start)
+    if as_json:
+        print_json(report)
+    else:
+        _print_compiled(compiled, report)
+
+
+def _compile_report(compiled: CompiledModel, output: Path, seconds: float) -> dict[str, Any]:
+    from topiarist.compiler.bundle import read_manifest
+
+    manifest = read_manifest(output).to_json()
+    keys = ("target", "threads", "inputs", "outputs", "layers")
+    return {
+        "bundle": str(output),
+        **{key: manifest[key] for key in keys},
+        "bytes": sum(file.stat().st_size for file in output.iterdir()),
+        "seconds": round(seconds, 3),
+    }
+
+
+def _print_compiled(compiled: CompiledModel, report: dict[str, Any]) -> None:
+    print_table(
+        ["layer", "kind", "kernel", "density", "us", "reason"],
+        [
+            [c.layer, c.kind, c.kernel, percent(c.density),
+             None if c.run_us is None else f"{c.run_us:.1f}", c.reason]
+            for c in compiled.layers
+        ],
+    )  # fmt: skip
+    say(
+        f"wrote {report['bundle']} for {compiled.target.name}, {compiled.threads} thread(s): "
+        f"{report['bytes'] / 1e6:.1f} MB in {report['seconds']:.0f} s"
+    )
+
+
+def _shape(values: tuple[int, ...]) -> str:
+    return "x".join(str(v) for v in values) or "-"

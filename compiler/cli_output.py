@@ -1,0 +1,128 @@
+"""What the command line prints, and how it fails: shared by all commands."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Literal, ParamSpec
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from topiarist.errors import TopiaristError
+
+FAILED, ERROR, INTERRUPTED = 1, 2, 130  # exit codes
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+ProgressCall = Callable[[str, int, int], None]
+_PIPE_WIDTH = 200  # columns of a table that goes to a file or a pipe
+_Args = ParamSpec("_Args")
+
+
+class Settings:
+    """Options given before the command's name."""
+
+    debug = False
+
+
+def command(function: Callable[_Args, None]) -> Callable[_Args, None]:
+    """A command whose errors become one paragraph and an exit code."""
+
+    @functools.wraps(function)
+    def run(*args: _Args.args, **kwargs: _Args.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except KeyboardInterrupt:
+            complain("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            raise  # the reader of our output has gone: Typer ends quietly
+        except (TopiaristError, ValueError, OSError) as error:
+            if Settings.debug or kwargs.get("debug"):
+                raise
+            complain(f"error: {_message(error)}")
+            raise typer.Exit(ERROR) from None
+
+    return run
+
+
+def complain(text: str) -> None:
+    """One paragraph on stderr."""
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """One line on stdout."""
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_json(document: object) -> None:
+    """The one JSON document of a command."""
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table; columns of numbers are aligned to the right, and only the last one is folded."""
+    table = Table(box=box.SIMPLE_HEAD)
+    last = len(headers) - 1
+    for index, header in enumerate(headers):
+        numeric = bool(rows) and all(_is_numeric(row[index]) for row in rows)
+        justify: Literal["left", "right"] = "right" if numeric else "left"
+        table.add_column(header, justify=justify, overflow="fold", no_wrap=index < last)
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    console = Console()
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
+    console.print(table)
+
+
+@contextmanager
+def progress_bar(shown: bool) -> Iterator[ProgressCall | None]:
+    """A callback `(stage, done, total)` that draws on stderr; None where nobody would see it."""
+    console = Console(stderr=True)
+    if not shown or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def update(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=stage, completed=done, total=total)
+
+        yield update
+
+
+def percent(share: float | None) -> str:
+    """0.125 -> `12.5 %`."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+def _is_numeric(value: object) -> bool:
+    if isinstance(value, str):
+        number = value.removesuffix(" %")
+        return number == "-" or number.replace(".", "", 1).isdigit()
+    return value is None or isinstance(value, int | float)
+
+
+def _cell(value: object) -> Text:
+    """Plain text: names of layers may look like Rich's markup."""
+    if value is None:
+        return Text("-")
+    return Text(f"{value:.3f}" if isinstance(value, float) else str(value))

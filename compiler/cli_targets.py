@@ -1,0 +1,79 @@
+"""`topiarist targets`: the devices that code can be generated for."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from topiarist.compiler.cli_output import Debug, Json, command, print_json, print_table
+from topiarist.errors import TargetError
+from topiarist.targets import registry
+from topiarist.targets.detect import runs_here
+from topiarist.targets.spec import TargetSpec
+
+app = typer.Typer(no_args_is_help=True, help="The devices that code can be generated for.")
+
+
+@app.command("list")
+@command
+def list_targets(as_json: Json = False, debug: Debug = False) -> None:
+    """List all targets, and whether this machine can run code for them."""
+    entries = [_entry(name) for name in registry.names()]
+    if as_json:
+        print_json({"targets": entries})
+        return
+    rows = [
+        [e["name"], e["isa"], e["lanes"], e["cores"], e["device_model"], e["problem"] or "yes"]
+        for e in entries
+    ]
+    print_table(["target", "ISA", "lanes", "cores", "device", "runs here"], rows)
+
+
+@app.command("show")
+@command
+def show_target(
+    name: Annotated[str, typer.Argument(help="A target's name, or host.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show all that is known of one target."""
+    _show(registry.get(name), as_json)
+
+
+@app.command("detect")
+@command
+def detect_target(as_json: Json = False, debug: Debug = False) -> None:
+    """Detect what this machine is."""
+    _show(registry.get(registry.HOST), as_json)
+
+
+def _entry(name: str) -> dict[str, Any]:
+    """The target's values and why it can't run here, if so."""
+    try:
+        return _described(registry.get(name))
+    except TargetError as error:  # `host`, on a machine that can't be detected
+        unknown = dict.fromkeys(("isa", "lanes", "cores", "device_model"))
+        return {"name": name, **unknown, "runs_here": False, "problem": str(error)}
+
+
+def _described(spec: TargetSpec) -> dict[str, Any]:
+    try:
+        problem = runs_here(spec)
+    except TargetError as error:
+        problem = str(error)
+    return {**spec.to_json(), "runs_here": problem is None, "problem": problem}
+
+
+def _show(spec: TargetSpec, as_json: bool) -> None:
+    entry = _described(spec)
+    if as_json:
+        print_json(entry)
+    else:
+        print_table(["property", "value"], [[k, _text(v)] for k, v in entry.items()])
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "-"
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
