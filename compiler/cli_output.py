@@ -44,9 +44,9 @@ def command(function: Callable[_Args, None]) -> Callable[_Args, None]:
         except KeyboardInterrupt:
             complain("interrupted")
             raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            raise  # the reader of our output has gone: Typer ends quietly
-        except (TopiaristError, ValueError, OSError) as error:
+        except (typer.Exit, BrokenPipeError):
+            raise  # without its reader, Typer ends the program quietly
+        except Exception as error:
             if Settings.debug or kwargs.get("debug"):
                 raise
             complain(f"error: {_message(error)}")
@@ -111,7 +111,10 @@ def percent(share: float | None) -> str:
 def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return str(error) or type(error).__name__
+    if isinstance(error, TopiaristError | ValueError | OSError):
+        return str(error) or type(error).__name__
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    return f"{what}. This is a bug in topiarist: please report it with what --debug shows"
 
 
 def _is_numeric(value: object) -> bool:

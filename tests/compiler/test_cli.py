@@ -202,6 +202,14 @@ def test_debug_shows_the_exception(place: str) -> None:
     assert type(result.exception).__name__ == "TargetError"
 
 
+def test_a_bug_is_one_paragraph_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> list[str]:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr(registry, "names", fail)
+    assert_error(call("targets", "list"), "RuntimeError: first line second line. This is a bug")
+
+
 def test_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt() -> list[str]:
         raise KeyboardInterrupt
