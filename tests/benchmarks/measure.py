@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 
 from topiarist.compiler.bench import bench
-from topiarist.compiler.pipeline import compile_model
 from topiarist.compiler.verify import verify
 
 ROOT = Path(__file__).parents[2]
@@ -53,9 +53,7 @@ def _measure(model: onnx.ModelProto, folder: Path, opts: argparse.Namespace) -> 
     """Compile one model, compare its outputs, time it and the others interleaved."""
     source, bundle = folder / "model.onnx", folder / "model.topi"
     onnx.save(model, source)
-    start = time.perf_counter()
-    compile_model(source, output=bundle, threads=opts.threads)
-    compile_s = time.perf_counter() - start
+    compile_s = _compile(source, bundle, opts.threads)
     against = opts.against.split(",")
     timed = bench(bundle, source, against, threads=opts.threads, seconds=opts.seconds)
     return {
@@ -67,12 +65,24 @@ def _measure(model: onnx.ModelProto, folder: Path, opts: argparse.Namespace) -> 
     }
 
 
+def _compile(source: Path, bundle: Path, threads: int) -> float:
+    """Seconds of a compilation in a process of its own: it binds itself to a core."""
+    start = time.perf_counter()
+    command = (sys.executable, "-m", "topiarist.compiler.cli", "compile", "--json")
+    subprocess.run(
+        (*command, str(source), "-o", str(bundle), "--threads", str(threads)),
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return time.perf_counter() - start
+
+
 def _setting() -> dict[str, Any]:
     """Machine, versions and commit."""
     return {
         "machine": {
             "cpu": _cpu_model(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": os.cpu_count(),
             "system": platform.platform(),
         },
         "versions": {"python": platform.python_version(), **_versions()},
