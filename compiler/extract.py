@@ -47,11 +47,13 @@ class _Reader:
 
     def _read(self, variable: Any, expr: Any) -> None:
         computes = isinstance(expr, relax.Call | relax.TupleGetItem)
+        if _is_same_view(expr, variable):
+            computes, expr = False, expr.args[0]
         if not computes or not isinstance(variable.ty, relax.TensorType):
             # An alias or a tuple: whoever reads the variable reads the expression instead.
             self._substitutes[variable.name] = expr
             return
-        name = self.layers.get(variable.name, variable.name)
+        name = self.layers.get(variable.name) or operator_of(expr).rpartition(".")[2] or "item"
         opaque = self._opaque(name, expr, self._add_value(variable))
         site = Site(
             name,
@@ -113,6 +115,9 @@ class _Reader:
         outputs = []
         for name, field in zip(self._output_names(len(fields)), fields, strict=True):
             value = self.value_of(field)
+            if renamed.get(value) == name:
+                outputs.append(name)
+                continue
             if value in renamed or any(value == self.value_of(p) for p in self.function.params):
                 name = self._add_view(value, name)
             else:
@@ -162,9 +167,7 @@ class _Reader:
         self._value_of[variable.name] = name
         return name
 
-    def _add_intermediate(
-        self, base: str, shape: tuple[int, ...], dtype: str = "float32"
-    ) -> str:
+    def _add_intermediate(self, base: str, shape: tuple[int, ...], dtype: str = "float32") -> str:
         """Record a value; the names of the results are kept free for them."""
         is_input = any(base == parameter.name for parameter in self.function.params)
         reserved = set() if is_input else set(output_names(self.function))
@@ -173,6 +176,11 @@ class _Reader:
             name += "_"
         self.values[name] = Value(name, shape, dtype)
         return name
+
+
+def _is_same_view(expr: Any, variable: Any) -> bool:
+    """A reshape to the shape that the tensor has."""
+    return operator_of(expr) == "reshape" and shape_of(expr.args[0]) == shape_of(variable)
 
 
 def _with_unique_names(graph: Graph) -> Graph:

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from topiarist.errors import ModelError
 
 OLDEST_OPSET = 7
-_TWO_GIB = 2**31
+_IR_WITHOUT_WEIGHT_INPUTS = 4
 
 
 def read_model(path: str | Path) -> onnx.ModelProto:
@@ -143,6 +143,11 @@ def _check_opset(model: onnx.ModelProto) -> None:
 
 
 def _check_tensor(tensor: onnx.TensorProto) -> None:
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        raise ModelError(
+            f"Tensor {tensor.name!r} has its data in a file that was not read. Load the model "
+            "with load_onnx, or give import_model the path."
+        )
     try:
         array = numpy_helper.to_array(tensor)
     except (ValueError, TypeError, KeyError) as error:
@@ -162,14 +167,36 @@ def _check_tensor(tensor: onnx.TensorProto) -> None:
 
 
 def _check_structure(model: onnx.ModelProto) -> None:
-    # The checker serialises the model, and protobuf stops at 2 GiB.
-    if model.ByteSize() >= _TWO_GIB:
-        return
+    """ONNX's own checker: every name defined once and before its use, every operator known."""
     try:
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(_without_weights(model))
     except onnx.checker.ValidationError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split("\n\n")[0].split())
         raise ModelError(
             f"The model is not valid ONNX: {reason} Export it again, or repair it; "
             "`onnx.checker.check_model` says the same."
         ) from None
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its initializers as inputs: the checker would copy them, up to 2 GiB.
+
+    Inputs and outputs get shapes where they have none, which the checker minds and we do not.
+    """
+    skeleton = onnx.ModelProto(ir_version=max(model.ir_version, _IR_WITHOUT_WEIGHT_INPUTS))
+    skeleton.opset_import.extend(model.opset_import)
+    skeleton.functions.extend(model.functions)
+    graph = skeleton.graph
+    graph.name = model.graph.name or "graph"
+    graph.node.extend(model.graph.node)
+    weights = {t.name: (t.data_type, t.dims) for t in model.graph.initializer}
+    for sparse in model.graph.sparse_initializer:
+        weights[sparse.values.name] = (sparse.values.data_type, sparse.dims)
+    graph.input.extend(value for value in model.graph.input if value.name not in weights)
+    for name, (kind, dims) in weights.items():
+        graph.input.append(onnx.helper.make_tensor_value_info(name, kind, dims))
+    graph.output.extend(model.graph.output)
+    for value in (*graph.input, *graph.output):
+        if not value.type.tensor_type.HasField("shape"):
+            value.type.tensor_type.shape.SetInParent()
+    return skeleton

@@ -6,6 +6,7 @@ depends on constants and static shapes only is computed at once, and names and e
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -49,12 +50,14 @@ class _Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.layer_names: dict[str, str] = {}
         self.batch_changed_from: int | None = None
+        self.read_names: set[str] = set()
 
     def refuse_unknown(self, model: onnx.ModelProto) -> None:
         """Raise ModelError for the first operator that neither TVM nor we can import."""
-        known = {*onnx_frontend._get_convert_map(), *CONVERTERS, "Constant", "RandomUniformLike"}
+        known = {*onnx_frontend._get_convert_map(), *CONVERTERS}
         for node in model.graph.node:
-            if node.domain in ("", "ai.onnx") and node.op_type in known:
+            tensors_only = not re.search("Sequence|Optional", node.op_type)
+            if node.domain in ("", "ai.onnx") and node.op_type in known and tensors_only:
                 continue
             domain = f" of domain {node.domain!r}" if node.domain else ""
             raise ModelError(
@@ -67,11 +70,12 @@ class _Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
         """Already done, and with a better message."""
 
     def _construct_nodes(self, graph: onnx.GraphProto) -> None:
+        self.read_names = {name for node in graph.node for name in node.input}
+        self.read_names |= {value.name for value in graph.output}
         for node in graph.node:
-            used = [name for name in node.output if name]
-            results = self._results(node)
-            for name, result in zip(used, results, strict=False):
-                self._nodes[name] = self._emit(result, node.name)
+            for name, result in zip(node.output, self._results(node), strict=False):
+                if name:
+                    self._nodes[name] = self._emit(result, node.name)
         for value in graph.output:
             if is_constant(self._nodes[value.name]):
                 raise ModelError(
@@ -112,7 +116,8 @@ class _Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
                 node.op_type,
                 tuple(inputs),
                 attributes,
-                len([name for name in node.output if name]),
+                len(node.output),
+                any(name in self.read_names for name in node.output[1:]),
                 self.opset,
                 self.batch_changed_from,
             )
@@ -153,7 +158,7 @@ class _Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
 
 def _evaluate(node: onnx.NodeProto, values: dict[str, Any], version: int) -> list[Any]:
     """Run one node on constants."""
-    outputs = [name for name in node.output if name]
+    outputs = list(node.output)
     graph = helper.make_graph(
         [node],
         "constants",

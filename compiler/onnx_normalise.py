@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import re
+from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from numpy.typing import NDArray
+from onnx import helper, inliner, numpy_helper
 
 from topiarist.errors import ModelError
-
-# Names that exporters count up by themselves: the weight's name says more.
-_AUTOMATIC = re.compile(r"^(node_)?(conv|conv2d|convolution|gemm|linear|matmul)_?\d*$", re.I)
-_WEIGHT_ENDING = re.compile(r"([._/]weights?|[._/]kernel|_w_0|_w|[./]w)(:0)?$", re.I)
+from topiarist.pruning.layers import node_names
 
 
 def normalise(model: onnx.ModelProto, batch: int | None) -> onnx.ModelProto:
     """A copy with local functions inlined, dense initializers, static inputs and named nodes."""
     if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
+        model = inliner.inline_local_functions(model)
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     graph = copy.graph
+    for node, name in zip(graph.node, node_names(graph), strict=True):
+        node.name = name
     _make_initializers_dense(graph)
     _drop_initializers_from_inputs(graph)
     _fix_input_shapes(graph, batch)
     _attributes_to_inputs(graph, opset(copy))
-    _name_nodes(graph)
     del graph.value_info[:]
     return copy
 
@@ -38,14 +37,26 @@ def opset(model: onnx.ModelProto) -> int:
 
 def _make_initializers_dense(graph: onnx.GraphProto) -> None:
     for sparse in graph.sparse_initializer:
-        values = numpy_helper.to_array(sparse.values)
-        indices = numpy_helper.to_array(sparse.indices)
-        dense = np.zeros(tuple(sparse.dims), values.dtype)
-        if indices.ndim == 2:
-            indices = np.ravel_multi_index(tuple(indices.T), dense.shape)
-        dense.reshape(-1)[indices] = values
+        try:
+            dense = _dense(sparse)
+        except (ValueError, IndexError, MemoryError) as error:
+            raise ModelError(
+                f"Sparse tensor {sparse.values.name!r} of shape {list(sparse.dims)} is broken: "
+                f"{error}. Export the model again."
+            ) from None
         graph.initializer.append(numpy_helper.from_array(dense, sparse.values.name))
     del graph.sparse_initializer[:]
+
+
+def _dense(sparse: onnx.SparseTensorProto) -> NDArray[Any]:
+    """Indices are [nnz] into the flat tensor, or [nnz, rank]."""
+    values = numpy_helper.to_array(sparse.values)
+    indices = numpy_helper.to_array(sparse.indices)
+    dense = np.zeros(tuple(sparse.dims), values.dtype)
+    if indices.ndim == 2:
+        indices = np.ravel_multi_index(tuple(indices.T), dense.shape)
+    dense.reshape(-1)[indices] = values
+    return dense
 
 
 def _drop_initializers_from_inputs(graph: onnx.GraphProto) -> None:
@@ -128,26 +139,3 @@ def _as_resize(node: onnx.NodeProto) -> None:
     node.op_type = "Resize"
     node.attribute.append(helper.make_attribute("coordinate_transformation_mode", "asymmetric"))
     node.attribute.append(helper.make_attribute("nearest_mode", "floor"))
-
-
-def _name_nodes(graph: onnx.GraphProto) -> None:
-    """Give every node a name of its own by which the user recognises the layer."""
-    weights = {tensor.name for tensor in graph.initializer}
-    taken: set[str] = set()
-    for index, node in enumerate(graph.node):
-        name = base = _readable_name(node, weights, index)
-        copies = 1
-        while name in taken:
-            copies += 1
-            name = f"{base}_{copies}"
-        taken.add(name)
-        node.name = name
-
-
-def _readable_name(node: onnx.NodeProto, weights: set[str], index: int) -> str:
-    weight = node.input[1] if len(node.input) > 1 else ""
-    stem = _WEIGHT_ENDING.sub("", weight)
-    layer = node.op_type in ("Conv", "Gemm", "MatMul")
-    if layer and weight in weights and stem != weight and _AUTOMATIC.match(node.name or "conv"):
-        return stem
-    return str(node.name) or f"{node.op_type.lower()}_{index}"

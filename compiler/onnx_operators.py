@@ -31,6 +31,7 @@ class OnnxCall:
     inputs: tuple[Any, ...]
     attributes: dict[str, Any]
     outputs: int
+    uses_further_outputs: bool  # whether an output after the first one is read
     opset: int
     batch_changed_from: int | None = None
 
@@ -56,11 +57,11 @@ class OnnxCall:
         value = self.attributes.get(key, default)
         return value.decode() if isinstance(value, bytes) else str(value)
 
-    def refused(self, reason: str) -> ModelError:
+    def refused(self, reason: str, remedy: str = "") -> ModelError:
         """The error for a node that can't be compiled."""
+        remedy = remedy or "Export the model without it, or cut the model before it"
         return ModelError(
-            f"{self.operator} node {self.name!r} can't be compiled: {reason}. "
-            "Export the model without it, or cut the model before it."
+            f"{self.operator} node {self.name!r} can't be compiled: {reason}. {remedy}."
         )
 
 
@@ -105,7 +106,11 @@ _CONV_LAYOUTS = {1: ("NCW", "OIW"), 2: ("NCHW", "OIHW"), 3: ("NCDHW", "OIDHW")}
 def convert_conv(call: OnnxCall) -> Any:
     """Conv(x, w, b) -> add(conv(x, w), b[1, O, 1, 1]), with every padding explicit."""
     data, weight = call.inputs[:2]
-    kernel = shape_of(weight)[2:]
+    kernel = list(shape_of(weight)[2:])
+    if dtype_of(data) != "float32":
+        raise call.refused(
+            f"it computes in {dtype_of(data)}", "Convert the model to float32 before compiling it"
+        )
     if len(kernel) not in _CONV_LAYOUTS:
         raise call.refused(f"it has {len(kernel)} spatial dimensions")
     strides, dilations, pads = _window(call, kernel)
@@ -144,7 +149,7 @@ def _ceil_extra(size: int, kernel: int, stride: int, dilation: int, begin: int, 
 
 def convert_pool(call: OnnxCall) -> Any:
     """MaxPool, AveragePool -> pooling in floor mode with explicit padding."""
-    if call.outputs > 1:
+    if call.uses_further_outputs:
         raise call.refused("its second output (Indices) is used")
     data, kernel = call.inputs[0], call.ints("kernel_shape", [])
     rank = len(kernel)
@@ -252,8 +257,8 @@ def convert_chain(call: OnnxCall) -> Any:
 
 def convert_batch_norm(call: OnnxCall) -> Any:
     """BatchNormalization(x) -> add(multiply(x, scale), shift), computed in float64."""
-    if call.attributes.get("training_mode", 0) or call.outputs > 1:
-        raise call.refused("it is in training mode; export the model with model.eval()")
+    if call.attributes.get("training_mode", 0) or call.uses_further_outputs:
+        raise call.refused("it is in training mode", "Export the model with model.eval()")
     if not call.attributes.get("spatial", 1):
         raise call.refused("spatial=0 (statistics per pixel) is not supported")
     parameters = [np.asarray(call.constant(i), np.float64) for i in (1, 2, 3, 4)]
@@ -312,8 +317,8 @@ def convert_reshape(call: OnnxCall) -> Any:
     count, rest = math.prod(shape), math.prod(i for i in wanted if i != -1)
     if count % max(rest, 1) if -1 in wanted else count != rest:
         raise call.refused(
-            f"{shape} has {count} elements and can't become {wanted}; if the model fixes its "
-            "batch, compile it for that batch"
+            f"{shape} has {count} elements and can't become {wanted}",
+            "If the model fixes its batch, compile it for that batch",
         )
     return relax.op.reshape(data, wanted)
 
@@ -339,8 +344,8 @@ def convert_split(call: OnnxCall) -> Any:
 
 def convert_dropout(call: OnnxCall) -> Any:
     """Dropout(x), Identity(x) -> x."""
-    if call.outputs > 1:
-        raise call.refused("its mask output is used; export the model with model.eval()")
+    if call.uses_further_outputs:
+        raise call.refused("its mask output is used", "Export the model with model.eval()")
     return call.inputs[0]
 
 
@@ -348,11 +353,14 @@ def convert_lrn(call: OnnxCall) -> Any:
     """LRN -> x / (bias + alpha / size * (sum of squares over a window of channels)) ** beta."""
     data, size = call.inputs[0], int(call.attributes["size"])
     emit, shape = call.emit, shape_of(data)
-    plane = [shape[0], 1, shape[1], math.prod(shape[2:])]
-    squares = emit(relax.op.reshape(emit(relax.op.multiply(data, data)), plane))
-    pads = [(size - 1) // 2, 0, size // 2, 0]
-    mean = emit(relax.op.nn.avg_pool2d(squares, (size, 1), (1, 1), pads, count_include_pad=True))
-    mean = emit(relax.op.reshape(mean, shape))
+    if len(shape) != 4:
+        raise call.refused(f"its input has shape {list(shape)}, not [N, C, H, W]")
+    # The channels become the depth of one image, for there is no pooling over channels.
+    squares = emit(relax.op.reshape(emit(relax.op.multiply(data, data)), [shape[0], 1, *shape[1:]]))
+    before, after = (size - 1) // 2, size // 2
+    pads = [before, 0, 0, after, 0, 0]
+    pooled = relax.op.nn.avg_pool3d(squares, (size, 1, 1), (1, 1, 1), pads, count_include_pad=True)
+    mean = emit(relax.op.reshape(emit(pooled), shape))
     alpha, beta, bias = (
         relax.const(float(call.attributes.get(key, default)), "float32")
         for key, default in (("alpha", 1e-4), ("beta", 0.75), ("bias", 1.0))
