@@ -71,18 +71,19 @@ def print_json(document: object) -> None:
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table; columns of numbers are aligned to the right, and only the last one is folded."""
+    """A table; columns of numbers are aligned to the right. Nothing is cut off."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
     table = Table(box=box.SIMPLE_HEAD)
     last = len(headers) - 1
     for index, header in enumerate(headers):
         numeric = bool(rows) and all(_is_numeric(row[index]) for row in rows)
         justify: Literal["left", "right"] = "right" if numeric else "left"
-        table.add_column(header, justify=justify, overflow="fold", no_wrap=index < last)
+        whole = index < last and not console.is_terminal  # a narrow terminal would cut it off
+        table.add_column(header, justify=justify, overflow="fold", no_wrap=whole)
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
-    console = Console()
-    if not console.is_terminal:
-        console.width = _PIPE_WIDTH
     console.print(table)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ def scale(a: T.handle, b: T.handle, c: T.handle):
 WEIGHT = np.linspace(-1, 1, 32, dtype=np.float32).reshape(2, 16)
 
 
-def build_executable() -> Any:
-    """`main(x, params) -> x * params[0]` for floats [2, 16]."""
+def build_executable(outputs: int = 1) -> Any:
+    """`main(x, params) -> x * params[0]` for floats [2, 16], or the same several times."""
     import tvm
     from tvm import relax
     from tvm.script import from_source
@@ -47,7 +48,7 @@ def build_executable() -> Any:
         out = builder.emit(relax.op.memory.alloc_tensor(storage, 0, shape, "float32"))
         weight = builder.emit(relax.TupleGetItem(params, 0))
         builder.emit(relax.Call(function, [x, weight, out], None, [relax.TupleType([])]))
-        builder.emit_func_output(out)
+        builder.emit_func_output(out if outputs == 1 else relax.Tuple([out] * outputs))
     passes = (
         relax.transform.LowerRuntimeBuiltin(),
         relax.transform.ComputePrimValue(),
@@ -87,6 +88,17 @@ def tiny_model() -> CompiledModel:
                 candidates=(("hand_made", 1.5),),
             ),
         ),
+    )
+
+
+@pytest.fixture
+def twin_model(tiny_model: CompiledModel) -> CompiledModel:
+    """`tiny_model` with its output twice, as y and z."""
+    (y,) = tiny_model.outputs
+    return dataclasses.replace(
+        tiny_model,
+        executable=build_executable(outputs=2),
+        outputs=(y, dataclasses.replace(y, name="z")),
     )
 
 

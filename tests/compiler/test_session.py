@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from topiarist.compiler import runtime
 from topiarist.compiler.bundle import write_bundle
 from topiarist.compiler.compiled import CompiledModel
 from topiarist.compiler.session import Session
@@ -33,6 +34,15 @@ def test_run(tiny_bundle: Path, x: np.ndarray, weight: np.ndarray) -> None:
     np.testing.assert_array_equal(y, x * weight)
     (named,) = session.run(["y"], {"x": x})
     np.testing.assert_array_equal(named, y)
+
+
+def test_several_outputs(
+    twin_model: CompiledModel, tmp_path: Path, x: np.ndarray, weight: np.ndarray
+) -> None:
+    session = Session(write_bundle(twin_model, tmp_path / "twin.topi"))
+    for result in session.run(None, {"x": np.vstack([x, x])}):
+        np.testing.assert_array_equal(result, np.vstack([x, x]) * np.vstack([weight, weight]))
+    assert len(session.run(["z"], {"x": x})) == 1
 
 
 def test_results_are_not_overwritten(tiny_bundle: Path, x: np.ndarray, weight: np.ndarray) -> None:
@@ -97,6 +107,12 @@ def test_threads(tiny_bundle: Path, x: np.ndarray, weight: np.ndarray) -> None:
     assert (one.threads, two.threads) == (1, 2)
     for session in (one, two, one, two):
         np.testing.assert_array_equal(session.run(None, {"x": x})[0], x * weight)
+
+
+def test_the_pool_has_the_threads_asked_for() -> None:
+    count = runtime.load().get_global_func("runtime.NumThreads")
+    pools = [runtime.ThreadPool(n) for n in (1, 2, 3, 1)]
+    assert [pool.call(count) for pool in pools] == [1, 2, 3, 1]
 
 
 def test_one_session_in_several_threads(tiny_bundle: Path, weight: np.ndarray) -> None:
