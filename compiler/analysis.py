@@ -13,6 +13,8 @@ from onnx.shape_inference import infer_shapes
 from topiarist.pruning.layers import WeightedLayer, attribute, weighted_layers
 from topiarist.pruning.patterns import find_pattern
 
+_SMALL = 1024  # values: a shape or an index, which shape inference may need
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -92,8 +94,7 @@ def _uses_per_weight(layer: WeightedLayer, output_shape: tuple[int, ...]) -> int
 
 def _value_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     """Shapes of all values that the file fixes, with batch 1 where it is open."""
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
+    fixed = _without_weights(model)
     for value in fixed.graph.input:
         _fix_batch(value)
     graph = infer_shapes(fixed, data_prop=True).graph
@@ -103,6 +104,22 @@ def _value_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
         if dims and all(d.dim_value > 0 for d in dims):
             shapes[value.name] = tuple(d.dim_value for d in dims)
     return shapes
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which large initializers have a shape but no values: shape inference copies all."""
+    copy = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    copy.functions.extend(model.functions)
+    for field in ("node", "input", "output", "value_info", "sparse_initializer"):
+        getattr(copy.graph, field).extend(getattr(model.graph, field))
+    for tensor in model.graph.initializer:
+        if prod(tensor.dims) <= _SMALL:
+            copy.graph.initializer.append(tensor)
+        else:
+            copy.graph.initializer.add(
+                name=tensor.name, dims=tensor.dims, data_type=tensor.data_type
+            )
+    return copy
 
 
 def _fix_batch(value: Any) -> None:
