@@ -28,6 +28,7 @@ def read_model(path: str | Path) -> onnx.ModelProto:
 
 def check_model(model: onnx.ModelProto) -> None:
     """Raise ModelError for a model that can't be right, whatever it would compute."""
+    _check_names(model.graph)
     _check_opset(model)
     for tensor in tensors(model.graph):
         _check_tensor(tensor)
@@ -129,6 +130,24 @@ def _external_path(name: str, location: str, model_path: Path) -> Path:
             f"{folder}. Copy the data file beside the model."
         )
     return source
+
+
+def _check_names(graph: onnx.GraphProto) -> None:
+    """Names must be text: in a damaged file protobuf gives bytes, or raises."""
+    try:
+        named = (*graph.initializer, *graph.input, *graph.output, *graph.node)
+        names = [graph.name, *(item.name for item in named)]
+        for node in graph.node:
+            names += [node.op_type, node.domain, *node.input, *node.output]
+            names += [attribute.name for attribute in node.attribute]
+        damaged = any(not isinstance(name, str) for name in names)
+    except UnicodeDecodeError:
+        damaged = True
+    if damaged:
+        raise ModelError(
+            "The model has a name that is not UTF-8 text. The file is damaged: export or download "
+            "it again."
+        )
 
 
 def _check_opset(model: onnx.ModelProto) -> None:

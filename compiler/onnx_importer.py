@@ -30,7 +30,11 @@ def import_graph(model: onnx.ModelProto, batch_changed_from: int | None) -> tvm.
     importer = _Importer({}, None, sanitize=False)
     importer.batch_changed_from = batch_changed_from
     importer.refuse_unknown(model)
-    module = importer.from_onnx(model.graph, opset(model))
+    try:
+        module = importer.from_onnx(model.graph, opset(model))
+    except ModelError:
+        importer.bb._end_block()  # or TVM writes a warning to the terminal
+        raise
     names = dict(importer.layer_names)
     _name_aliases(module["main"], names)
     module = with_layer_names(module, names)
@@ -138,7 +142,7 @@ class _Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
             return None
         values = {name: array_of(self._nodes[name]) for name in node.input if name}
         results = _evaluate(node, values, self.opset)
-        return [relax.const(np.asarray(result)) for result in results]
+        return None if results is None else [relax.const(np.asarray(r)) for r in results]
 
     def _emit(self, expr: Any, name: str) -> Any:
         """Bind the expression to a variable that is recorded as the layer's."""
@@ -156,8 +160,8 @@ class _Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
         return variable
 
 
-def _evaluate(node: onnx.NodeProto, values: dict[str, Any], version: int) -> list[Any]:
-    """Run one node on constants."""
+def _evaluate(node: onnx.NodeProto, values: dict[str, Any], version: int) -> list[Any] | None:
+    """Run one node on constants; None when onnx itself can't."""
     outputs = list(node.output)
     graph = helper.make_graph(
         [node],
@@ -170,9 +174,7 @@ def _evaluate(node: onnx.NodeProto, values: dict[str, Any], version: int) -> lis
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             results: list[Any] = ReferenceEvaluator(model).run(None, values)
-    except Exception as error:
-        raise ModelError(
-            f"{node.op_type} node {node.name!r} has constant inputs only and can't be computed: "
-            f"{error}. Simplify the model before compiling it."
-        ) from error
+    except Exception:
+        # Its operators fail in any way, and it lacks some versions: TVM may still know them.
+        return None
     return results

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import tvm
+from numpy.typing import NDArray
 from tvm import relax
 
 from topiarist.compiler.layer_names import layer_names, with_layer_names
@@ -90,18 +91,27 @@ class _Folder(relax.PyExprMutator):  # type: ignore[misc]
         return None, None
 
     def _emit(self, layer: Any, call: Any, bias: Float64Array | None, found: ScaleShift) -> Any:
-        scaled = self.builder_.emit(_scaled(call, found.scale), layer.name)
-        self.readers[scaled.name] = 1
+        scaled, total = _scaled(call, found.scale), _total_bias(bias, found)
+        if scaled is None or not np.isfinite(total).all():
+            return None
+        variable = self.builder_.emit(scaled, layer.name)
+        self.readers[variable.name] = 1
         if layer.name in self.names:
-            self.names[scaled.name] = self.names[layer.name]
-        total = (bias if bias is not None else 0.0) * (
-            found.scale if found.scale is not None else 1.0
-        ) + (found.shift if found.shift is not None else 0.0)
-        if bias is None and found.shift is None:
-            return scaled
-        rank = len(shape_of(call))
-        constant = np.asarray(total, np.float32).reshape([1, -1, *[1] * (rank - 2)])
-        return relax.op.add(scaled, relax.const(constant))
+            self.names[variable.name] = self.names[layer.name]
+        shape = [1, -1, *[1] * (len(shape_of(call)) - 2)]
+        return relax.op.add(variable, relax.const(total.reshape(shape)))
+
+
+def _total_bias(bias: Float64Array | None, found: ScaleShift) -> NDArray[np.float32]:
+    """bias * scale + shift, [C]; infinite where float32 can't hold it."""
+    channels = shape_of(found.data)[1]
+    total = np.zeros(channels) if bias is None else bias
+    if found.scale is not None:
+        total = total * found.scale
+    if found.shift is not None:
+        total = total + found.shift
+    with np.errstate(over="ignore"):
+        return total.astype(np.float32)
 
 
 def _has_constant_weight(call: Any) -> bool:
@@ -112,10 +122,14 @@ def _has_constant_weight(call: Any) -> bool:
 
 
 def _scaled(call: Any, scale: Float64Array | None) -> Any:
+    """The layer with its output channels scaled; None where float32 can't hold the weights."""
     if scale is None:
         return call
     weight = array_of(call.args[1])
     # Convolution weights are [O, I, kh, kw], those of a matmul [K, M].
     factor = scale.reshape(-1, 1, 1, 1) if operator_of(call) == "nn.conv2d" else scale
-    scaled = (weight.astype(np.float64) * factor).astype(weight.dtype)
+    with np.errstate(over="ignore"):
+        scaled = (weight.astype(np.float64) * factor).astype(weight.dtype)
+    if not np.isfinite(scaled).all():
+        return None
     return relax.Call(call.op, [call.args[0], relax.const(scaled)], call.attrs)

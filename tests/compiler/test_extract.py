@@ -18,8 +18,10 @@ from topiarist.compiler.graph import Activation, Add, Affine, Conv, Graph, Linea
 from topiarist.compiler.light_models import light_model, light_names
 from topiarist.compiler.relax_calls import operator_of
 from topiarist.errors import ModelError
+from topiarist.pruning.layers import weighted_layers
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+HUGE = ["bvlc_alexnet", "vgg19", "zfnet512"]
 RELU = Activation(low=0.0)
 
 
@@ -145,6 +147,11 @@ class TestFusion:
         names = [conv.name for conv in convs(extract(model))]
         assert names == ["layer1.0.conv1", "conv_1"]
 
+    def test_names_are_those_that_pruning_uses(self) -> None:
+        model = light_model("resnet50")
+        pruned = {layer.name for layer in weighted_layers(model)}
+        assert pruned <= {node.name for node in extract(model).nodes}
+
     def test_half_precision_is_refused(self) -> None:
         net = Net()
         x = net.input(1, 3, 8, 8, dtype=onnx.TensorProto.FLOAT16)
@@ -211,20 +218,15 @@ class TestLightModels:
         assert len(convs(graph)) == {"inception_v1": 57, "inception_v2": 69}[name]
         assert all(conv.activation == RELU for conv in convs(graph))
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize("name", ["bvlc_alexnet", "vgg19", "zfnet512"])
-    def test_large_fully_connected_layers(self, name: str) -> None:
-        graph = extract(light_model(name))
-        assert sum(isinstance(node, Linear) for node in graph.nodes) == 3
-
-    @pytest.mark.parametrize("name", ["squeezenet", "shufflenet"])
+    @pytest.mark.parametrize("name", sorted({*light_names()} - {*HUGE}))
     def test_results(self, name: str) -> None:
         check_results(light_model(name))
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", sorted({*light_names()} - {"squeezenet", "shufflenet"}))
-    def test_all_results(self, name: str) -> None:
-        check_results(light_model(name))
+    @pytest.mark.parametrize("name", HUGE)
+    def test_huge_fully_connected_layers(self, name: str) -> None:
+        graph = check_results(light_model(name))
+        assert sum(isinstance(node, Linear) for node in graph.nodes) == 3
 
 
 def before_softmax(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -237,11 +239,12 @@ def before_softmax(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def check_results(model: onnx.ModelProto) -> None:
+def check_results(model: onnx.ModelProto) -> Graph:
     model = before_softmax(model)
     inputs: dict[str, Any] = random_inputs(model)
-    error = worst_error(outputs_of(extract(model), inputs), run_onnx(model, inputs))
-    assert error < 5e-5
+    graph = extract(model)
+    assert worst_error(outputs_of(graph, inputs), run_onnx(model, inputs)) < 1e-5
+    return graph
 
 
 @pytest.mark.shared_data

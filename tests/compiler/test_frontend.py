@@ -278,7 +278,7 @@ def _quantized(net: Net, y: str) -> str:
 def _along_width(net: Net, y: str) -> str:
     """A 1-D convolution over rows."""
     y = net.node("Reshape", y, net.constant(np.array([0, 0, -1])))
-    return net.node("Conv", y, net.weight(5, 2, 3), net.weight(5), group=2, auto_pad="SAME_UPPER")
+    return net.node("Conv", y, net.weight(6, 2, 3), net.weight(6), group=2, auto_pad="SAME_UPPER")
 
 
 def _three_dimensional(net: Net, y: str) -> str:
@@ -473,6 +473,12 @@ class TestRefusedFiles:
         path = tmp_path / "net.onnx"
         path.write_bytes(content)
         assert "not an ONNX model" in refused(path)
+
+    def test_name_that_is_no_text(self, tmp_path: Path) -> None:
+        path = tmp_path / "net.onnx"
+        content = small_net().SerializeToString()
+        path.write_bytes(content.replace(b"Relu", b"Re\xffu"))
+        assert "not UTF-8" in refused(path) or "not an ONNX model" in refused(path)
 
     @pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.99])
     def test_truncated(self, tmp_path: Path, part: float) -> None:
