@@ -41,19 +41,22 @@ class _Reader:
         inputs = tuple(self.values)
         for block in self.function.body.blocks:
             for binding in block.bindings:
-                self._read(binding.var, self._substituted(binding.value))
+                expr = self._substituted(binding.value)
+                if not expr.same_as(binding.value) and isinstance(expr, relax.Call):
+                    relax.expr._update_type(expr, binding.value.ty)
+                self._read(binding.var, expr)
         outputs = self._outputs()
         return Graph(tuple(self.nodes), self.values, inputs, outputs)
 
     def _read(self, variable: Any, expr: Any) -> None:
-        computes = isinstance(expr, relax.Call | relax.TupleGetItem)
+        computes = isinstance(expr, relax.Call)
         if _is_same_view(expr, variable):
             computes, expr = False, expr.args[0]
         if not computes or not isinstance(variable.ty, relax.TensorType):
             # An alias or a tuple: whoever reads the variable reads the expression instead.
             self._substitutes[variable.name] = expr
             return
-        name = self.layers.get(variable.name) or operator_of(expr).rpartition(".")[2] or "item"
+        name = self.layers.get(variable.name) or operator_of(expr).rpartition(".")[2]
         opaque = self._opaque(name, expr, self._add_value(variable))
         site = Site(
             name,
@@ -74,13 +77,22 @@ class _Reader:
         if isinstance(expr, relax.Tuple):
             return relax.Tuple([self._substituted(field) for field in expr.fields])
         if isinstance(expr, relax.TupleGetItem):
-            return relax.TupleGetItem(self._substituted(expr.tuple_value), expr.index)
+            return self._field(expr)
         if isinstance(expr, relax.Call):
             arguments = [self._substituted(argument) for argument in expr.args]
             if all(new.same_as(old) for new, old in zip(arguments, expr.args, strict=True)):
                 return expr
             return relax.Call(expr.op, arguments, expr.attrs, expr.ty_args)
         return expr
+
+    def _field(self, expr: Any) -> Any:
+        whole = self._substituted(expr.tuple_value)
+        if isinstance(whole, relax.Tuple):
+            return whole.fields[expr.index]
+        raise ModelError(
+            f"The operator {operator_of(whole)} has several results, which topiarist can't place "
+            "in a network. Export the model without it, or cut the model before it."
+        )
 
     def _opaque(self, name: str, expr: Any, output: str) -> Opaque:
         if operator_of(expr) in ("call_tir", "call_dps_packed", "call_tir_inplace"):

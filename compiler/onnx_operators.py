@@ -369,6 +369,20 @@ def convert_lrn(call: OnnxCall) -> Any:
     return relax.op.divide(data, emit(relax.op.power(base, beta)))
 
 
+def convert_top_k(call: OnnxCall) -> Any:
+    """TopK -> one topk for the values and one for the indices; unused ones die as dead code."""
+    count = call.constant(1)
+    if count is None or not call.attributes.get("sorted", 1):
+        raise call.refused("its result is not sorted")
+    axis = int(call.attributes.get("axis", -1))
+    largest = bool(call.attributes.get("largest", 1))
+    parts = [
+        call.emit(relax.op.topk(call.inputs[0], int(count.item()), axis, kind, largest, "int64"))
+        for kind in ("values", "indices")
+    ]
+    return relax.Tuple(parts)
+
+
 def convert_tile(call: OnnxCall) -> Any:
     """Tile with constant repeats -> tile."""
     repeats = call.constant(1)
@@ -398,4 +412,5 @@ CONVERTERS: dict[str, Callable[[OnnxCall], Any]] = {
     "Split": convert_split,
     "Sum": convert_chain,
     "Tile": convert_tile,
+    "TopK": convert_top_k,
 }

@@ -202,8 +202,8 @@ def _split_11(net: Net, y: str) -> str:
 
 
 def _top_k(net: Net, y: str) -> str:
-    values, _ = net.nodes_of("TopK", y, net.constant(np.array([3])), count=2, axis=1)
-    return values
+    values, indices = net.nodes_of("TopK", y, net.constant(np.array([3])), count=2, axis=1)
+    return net.node("Add", values, net.node("Cast", indices, to=TensorProto.FLOAT))
 
 
 def _dropout(net: Net, y: str) -> str:
