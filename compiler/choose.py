@@ -1,8 +1,7 @@
-"""Which kernel, knobs and layouts every layer gets: by measurement, dense candidates included.
+"""The contest of kernels: every candidate of every layer timed in the layer's real layouts.
 
-For each of the few cheapest lattice assignments every convolution's candidates are timed in the
-layouts that the layer would really have; the assignment with the smallest sum over layers, moves
-between layouts included, wins.
+For each of the few cheapest lattice assignments every convolution's candidates, dense ones
+included, are timed alone. `trial` then runs the best of them inside the network.
 """
 
 from __future__ import annotations
@@ -21,30 +20,57 @@ from topiarist.compiler.program import Ref
 from topiarist.pruning.patterns import find_pattern
 from topiarist.schedules.cpu import linear, relayout
 from topiarist.schedules.cpu.direct import ConvViews, DirectConfig, refuses_views
-from topiarist.schedules.kernels import CONV_KERNELS, ConvKernel
+from topiarist.schedules.kernels import CONV_KERNELS, MAX_SPARSE_DENSITY, ConvKernel
 from topiarist.schedules.layout import PlainLayout, View
 from topiarist.schedules.workload import ConvWorkload, signature
 from topiarist.targets.spec import TargetSpec
 
 Progress = Callable[[str, int, int], None]
-ASSIGNMENTS = 2
-HOPELESS = 2.0  # a dense estimate this much above the best one is timed once only
+ASSIGNMENTS = 3
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel with its knobs, and its time in microseconds; `config` is None without knobs."""
+
+    kernel: str
+    config: DirectConfig | None
+    run_us: float
+
+    def __str__(self) -> str:
+        if self.config is None:
+            return self.kernel
+        c = self.config
+        return f"{self.kernel} {c.rows}x{c.cols}x{c.out_block}/{c.in_block}"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel of one layer, what else was timed, and why it was chosen."""
+    """What one layer runs and everything that was timed for it, fastest first.
 
-    kernel: str
-    config: DirectConfig | None
-    run_us: float | None
-    reason: str
-    candidates: tuple[tuple[str, float], ...] = ()
+    Layers that are alike share one Choice.
+    """
+
+    chosen: Candidate
+    timed: tuple[Candidate, ...]
+    refusals: tuple[str, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """Why the chosen kernel: what the best of each other kernel took, and who refused."""
+        best: dict[str, float] = {}
+        for candidate in self.timed:
+            best.setdefault(candidate.kernel, candidate.run_us)
+        others = [f"{k} {us:.0f} us" for k, us in best.items() if k != self.chosen.kernel]
+        return "; ".join([f"fastest of {len(self.timed)} timed", *others, *self.refusals])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Layouts of all values and kernels of all convolutions and fully connected layers."""
+    """Layouts of all values and kernels of all convolutions and fully connected layers.
+
+    `total_us` is the sum of the layers' times and of the moves between layouts.
+    """
 
     layouts: LayoutPlan
     choices: dict[str, Choice]
@@ -76,9 +102,10 @@ def workload_of(node: Conv, graph: Graph) -> ConvWorkload:
 
 def conv_views(node: Conv, layouts: LayoutPlan) -> ConvViews:
     """Where the layer reads and writes."""
-    views = [place.view for place in (*layouts.reads[node.name], layouts.places[node.output])]
-    assert all(isinstance(view, View) for view in views), node.name
-    x, *residual, y = (view for view in views if isinstance(view, View))
+    places = (*layouts.reads[node.name], layouts.places[node.output])
+    x, *residual, y = (place.view for place in places if isinstance(place.view, View))
+    if residual and places[1] == places[-1]:
+        return ConvViews(x, y, in_place=True)
     return ConvViews(x, y, residual[0] if residual else None)
 
 
@@ -90,7 +117,7 @@ def _anonymous(views: ConvViews) -> ConvViews:
 
     x, y = strip(views.x), strip(views.y)
     assert x is not None and y is not None
-    return ConvViews(x, y, strip(views.residual))
+    return ConvViews(x, y, strip(views.residual), views.in_place)
 
 
 class Chooser:
@@ -111,25 +138,26 @@ class Chooser:
         self._convs: dict[Any, Choice] = {}
         self._moves: dict[Any, float] = {}
 
-    def choose(self) -> Plan:
-        """The fastest plan among the best lattice assignments."""
+    def plans(self) -> list[Plan]:
+        """A plan for each of the cheapest lattice assignments, its kernels timed one by one."""
         assignments = assign_lattices(find_levels(self.graph, self.target.lanes), ASSIGNMENTS)
         convs = [node for node in self.graph.nodes if isinstance(node, Conv)]
         steps = max(1, len(assignments)) * len(convs)
+        linears = self._linears()
         plans = []
         for i, lattices in enumerate(assignments or [{}]):
             layouts = LayoutPlanner(self.graph, lattices).plan()
-            choices = {}
+            choices = dict(linears)
             for j, node in enumerate(convs):
                 self.progress("time kernels", i * len(convs) + j, steps)
                 choices[node.name] = self._conv(node, conv_views(node, layouts))
-            moves = sum(self._move_us(layouts, copy.value, copy.place)
-                        for copy in layouts.copies.values())
-            total = moves + sum(choice.run_us or 0.0 for choice in choices.values())
+            moves = sum(
+                self._move_us(layouts, copy.value, copy.place) for copy in layouts.copies.values()
+            )
+            total = moves + sum(choice.chosen.run_us for choice in choices.values())
             plans.append(Plan(layouts, choices, total))
         self.progress("time kernels", steps, steps)
-        best = min(plans, key=lambda plan: plan.total_us)
-        return replace(best, choices={**best.choices, **self._linears()})
+        return sorted(plans, key=lambda plan: plan.total_us)
 
     def _conv(self, node: Conv, views: ConvViews) -> Choice:
         workload = self.workloads[node.name]
@@ -143,7 +171,7 @@ class Chooser:
     def _contest(self, node: Conv, workload: ConvWorkload, views: ConvViews) -> Choice:
         why = refuses_views(workload, views)
         assert why is None, f"{node.name}: {why}"
-        timed: list[tuple[float, ConvKernel, DirectConfig]] = []
+        timed: list[Candidate] = []
         refusals = []
         for kernel in CONV_KERNELS:
             if self.dense and kernel.sparse:
@@ -154,16 +182,9 @@ class Chooser:
                 continue
             for config in self._shortlist(kernel, workload, views):
                 us = self._time(kernel, config, node, workload, views)
-                timed.append((us, kernel, config))
-        timed.sort(key=lambda entry: entry[0])
-        us, kernel, config = timed[0]
-        return Choice(
-            kernel.name,
-            config,
-            us,
-            _reason(kernel, timed, refusals),
-            tuple((f"{k.name} {_show(c)}", round(t, 2)) for t, k, c in timed),
-        )
+                timed.append(Candidate(kernel.name, config, us))
+        timed.sort(key=lambda candidate: candidate.run_us)
+        return Choice(timed[0], tuple(timed), tuple(refusals))
 
     def _shortlist(
         self, kernel: ConvKernel, workload: ConvWorkload, views: ConvViews
@@ -214,21 +235,21 @@ class Chooser:
     def _linear(self, node: Linear) -> Choice:
         batch, inputs = self.graph.values[node.inputs[0]].shape
         shape = linear_shape(node, batch)
-        lanes, timed = self.target.lanes, []
+        shape = linear_shape(node, batch)
+        lanes = self.target.lanes
         density = float(np.count_nonzero(node.weight)) / node.weight.size
         x, y = Ref("x", (batch * inputs,)), Ref("y", (batch * len(node.bias),))
+        timed: list[Candidate] = []
+        refusals = []
         for kernel in LINEAR_KERNELS:
-            if kernel == "sparse_linear" and (self.dense or density > 0.75):
+            if kernel == "sparse_linear" and (self.dense or density > MAX_SPARSE_DENSITY):
+                refusals.append(f"sparse_linear: density {density:.2f}")
                 continue
             function = linear_function(kernel, "kernel", shape, lanes, self.threads)
             args = [x, *linear_params(kernel, node, lanes), y]
-            timed.append((self.timer.time_us(function, args), kernel))
-        timed.sort()
-        others = ", ".join(f"{name} {us:.0f} us" for us, name in timed[1:])
-        reason = f"fastest; {others}" if others else f"density {density:.2f}: dense only"
-        return Choice(
-            timed[0][1], None, timed[0][0], reason, tuple((n, round(t, 2)) for t, n in timed)
-        )
+            timed.append(Candidate(kernel, None, self.timer.time_us(function, args)))
+        timed.sort(key=lambda candidate: candidate.run_us)
+        return Choice(timed[0], tuple(timed), tuple(refusals))
 
 
 LINEAR_KERNELS = ("sparse_linear", "dense_linear")
@@ -282,19 +303,3 @@ def _ref(name: str, view: View, batch: int) -> Ref:
 
 def _any_ref(name: str, view: View | PlainLayout, batch: int) -> Ref:
     return _ref(name, view, batch) if isinstance(view, View) else Ref(name, (view.size,))
-
-
-def _show(config: DirectConfig) -> str:
-    return f"{config.rows}x{config.cols}x{config.out_block}/{config.in_block}"
-
-
-def _reason(
-    winner: ConvKernel,
-    timed: list[tuple[float, ConvKernel, DirectConfig]],
-    refusals: list[str],
-) -> str:
-    best: dict[str, float] = {}
-    for us, kernel, _ in timed:
-        best.setdefault(kernel.name, us)
-    others = [f"{name} {us:.0f} us" for name, us in best.items() if name != winner.name]
-    return "; ".join([f"fastest of {len(timed)} timed", *others, *refusals])

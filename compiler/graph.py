@@ -88,6 +88,13 @@ class GlobalPool(Node):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Subsample(Node):
+    """Every `strides`-th pixel: what a strided 1x1 convolution needs of its input."""
+
+    strides: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Add(Node):
     """Sum of two values of one shape, then the activation."""
 

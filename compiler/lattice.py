@@ -13,10 +13,20 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from topiarist.compiler.graph import Add, Affine, Concat, Conv, GlobalPool, Graph, Node, Pool
+from topiarist.compiler.graph import (
+    Add,
+    Affine,
+    Concat,
+    Conv,
+    GlobalPool,
+    Graph,
+    Node,
+    Pool,
+    Subsample,
+)
 from topiarist.schedules.layout import Grid
 
-LANE_NODES = (Conv, Pool, GlobalPool, Add, Affine, Concat)
+LANE_NODES = (Conv, Pool, Subsample, GlobalPool, Add, Affine, Concat)
 # First estimates that only rank lattices; the kernels themselves are measured afterwards.
 MACS_PER_US = 4.0e4
 MOVED_VALUES_PER_US = 1.2e3
@@ -42,7 +52,7 @@ class Lattice(NamedTuple):
 
 def strides_of(node: Node) -> tuple[int, int]:
     """Distance of neighbouring output pixels on the input."""
-    return node.strides if isinstance(node, Conv | Pool) else (1, 1)
+    return node.strides if isinstance(node, Conv | Pool | Subsample) else (1, 1)
 
 
 def laned_values(graph: Graph) -> set[str]:
@@ -64,7 +74,7 @@ def _is_picture(shape: tuple[int, ...]) -> bool:
 class Edge:
     """A layer that reads `value` of one level with a stride to write another level."""
 
-    value: str
+    value: str  # what has to move where the lattices differ
     fine: str
     coarse: str
     strides: tuple[int, int]
@@ -92,9 +102,14 @@ def find_levels(graph: Graph, lanes: int) -> Levels:
         old = extent.get(level_of[name], (0, 0))
         extent[level_of[name]] = max(old[0], h), max(old[1], w)
     edges = tuple(
-        Edge(node.inputs[0], level_of[node.inputs[0]], level_of[node.output], strides_of(node))
+        Edge(
+            node.output if isinstance(node, Subsample) else node.inputs[0],
+            level_of[node.inputs[0]],
+            level_of[node.output],
+            strides_of(node),
+        )
         for node in graph.nodes
-        if isinstance(node, Conv | Pool)
+        if isinstance(node, Conv | Pool | Subsample)
         and strides_of(node) != (1, 1)
         and node.output in laned
         and node.inputs[0] in laned
@@ -180,7 +195,7 @@ def waste(lattice: Lattice, extent: tuple[int, int]) -> float:
     covered = sy * sx * rows * cols / (extent[0] * extent[1])
     tile = largest_tile(rows, cols, 14)
     vectors = tile[0] * tile[1]
-    return covered * (vectors + 3) / vectors
+    return covered * (vectors + 1.5) / vectors
 
 
 def largest_tile(rows: int, cols: int, limit: int) -> tuple[int, int]:
@@ -215,12 +230,20 @@ def assign_lattices(levels: Levels, best: int) -> list[dict[str, Lattice]]:
             _move_pairs(levels, choice, cost)
             if cost(choice) >= before:
                 break
-    ranked = sorted(seen, key=lambda key: (seen[key], key))[:best]
+    different: dict[tuple[tuple[int, ...], ...], dict[str, Lattice]] = {}
+    for key in sorted(seen, key=lambda key: (seen[key], key)):
+        # A transposed assignment behaves like the original.
+        different.setdefault(_up_to_transposition(key), dict(zip(names, key, strict=True)))
+        if len(different) == best:
+            break
     return [
-        {value: dict(zip(names, key, strict=True))[level] for value, level in
-         levels.level_of.items()}
-        for key in ranked
+        {value: choice[level] for value, level in levels.level_of.items()}
+        for choice in different.values()
     ]
+
+
+def _up_to_transposition(key: tuple[Lattice, ...]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(sorted((lattice.sy, lattice.sx))) for lattice in key)
 
 
 def _move_pairs(levels: Levels, choice: dict[str, Lattice], cost: object) -> None:

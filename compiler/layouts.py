@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from topiarist.compiler.graph import Affine, Concat, Conv, GlobalPool, Graph, Node, Pool, View
+from topiarist.compiler.graph import (
+    Affine,
+    Concat,
+    Conv,
+    GlobalPool,
+    Graph,
+    Node,
+    Pool,
+    Subsample,
+    View,
+)
 from topiarist.compiler.graph import Add as AddNode
 from topiarist.compiler.lattice import Lattice, largest_tile, laned_values, strides_of
 from topiarist.schedules.layout import Halo, LaneLayout, PlainLayout
@@ -56,6 +66,7 @@ class _Want:
     halo: Halo = NO_HALO
     padded: bool = False
     fill: float = 0.0
+    anything: bool = False  # reads any layout as it is
 
 
 def halo_of(node: Conv | Pool) -> Halo:
@@ -91,7 +102,7 @@ def never_negative(graph: Graph) -> set[str]:
         if isinstance(node, Conv | Affine | AddNode):
             act = node.activation
             known = act is not None and act.low is not None and act.low >= 0
-        elif isinstance(node, Pool | GlobalPool | Concat | View):
+        elif isinstance(node, Pool | Subsample | GlobalPool | Concat | View):
             known = all(name in found for name in node.inputs)
         else:
             known = False
@@ -110,6 +121,7 @@ class LayoutPlanner:
         self.nonnegative = never_negative(graph)
         self.producer = {node.output: node for node in graph.nodes}
         self.parents = self._concat_parents()
+        self.parents |= self._accumulated()
         self.copies: dict[str, Copy] = {}
 
     def plan(self) -> LayoutPlan:
@@ -127,7 +139,9 @@ class LayoutPlanner:
 
     def _writes_lanes(self, value: str) -> bool:
         node = self.producer.get(value)
-        return value in self.laned and isinstance(node, Conv | Pool | AddNode | Affine | Concat)
+        return value in self.laned and isinstance(
+            node, Conv | Pool | Subsample | AddNode | Affine | Concat
+        )
 
     def _concat_parents(self) -> dict[str, tuple[str, int]]:
         """value -> (concatenation that it is written into, first channel there)."""
@@ -142,6 +156,24 @@ class LayoutPlanner:
                     parents[name] = node.output, first
                 first += self.graph.values[name].shape[1]
         return parents
+
+    def _accumulated(self) -> dict[str, tuple[str, int]]:
+        """Output of a convolution with a residual that no later layer reads -> that residual.
+
+        The convolution then adds to the residual's buffer, which spares reading another one.
+        """
+        found: dict[str, tuple[str, int]] = {}
+        joined = set(self.parents) | {parent for parent, _ in self.parents.values()}
+        last = {name: i for i, node in enumerate(self.graph.nodes) for name in node.inputs}
+        for i, node in enumerate(self.graph.nodes):
+            if not isinstance(node, Conv) or node.residual is None:
+                continue
+            residual = node.residual
+            free = residual not in joined and node.output not in joined
+            dead = last[residual] == i and residual not in self.graph.outputs
+            if free and dead and residual != node.inputs[0] and self._writes_lanes(residual):
+                found[node.output] = residual, 0
+        return found
 
     def _root(self, value: str) -> tuple[str, int]:
         """The buffer that a value is written into, and its first channel there."""
@@ -169,6 +201,8 @@ class LayoutPlanner:
         if node.output not in self.laned or not self._writes_lanes(node.output):
             return None
         out = self.lattices[node.output]
+        if isinstance(node, Subsample):
+            return _Want(out.times(node.strides), anything=True)
         if i > 0 or not isinstance(node, Conv | Pool):
             return _Want(out)
         lattice = out.times(strides_of(node))
@@ -205,7 +239,7 @@ class LayoutPlanner:
         for node in self.graph.nodes:
             for i, name in enumerate(node.inputs):
                 want = wants.get((node.name, i))
-                if want is None or not self._writes_lanes(name):
+                if want is None or want.anything or not self._writes_lanes(name):
                     continue
                 root, _ = self._root(name)
                 if want.lattice != self.lattices[name] or want.fill != 0:
@@ -228,6 +262,8 @@ class LayoutPlanner:
         places: dict[str, Place],
     ) -> Place:
         place = places[name]
+        if want is not None and want.anything:
+            return place
         if want is None:
             if isinstance(place.view, PlainLayout):
                 return place
@@ -238,7 +274,7 @@ class LayoutPlanner:
         for node in self.graph.consumers(name):
             for i, other in enumerate(node.inputs):
                 theirs = wants.get((node.name, i))
-                if other != name or theirs is None:
+                if other != name or theirs is None or theirs.anything:
                     continue
                 if theirs.lattice == want.lattice and theirs.fill == want.fill:
                     shared = _merge(shared, theirs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,6 @@ from numpy.typing import NDArray
 from tvm import relax
 
 from topiarist.compiler.choose import (
-    Choice,
     Plan,
     conv_views,
     linear_function,
@@ -33,12 +33,13 @@ from topiarist.compiler.graph import (
     Node,
     Opaque,
     Pool,
+    Subsample,
     View,
 )
 from topiarist.compiler.layouts import Place
 from topiarist.compiler.program import Call, Program, Ref
 from topiarist.errors import ModelError
-from topiarist.schedules.cpu import elementwise, pooling
+from topiarist.schedules.cpu import elementwise, pooling, relayout
 from topiarist.schedules.kernels import conv_kernel
 from topiarist.schedules.layout import PlainLayout
 from topiarist.schedules.layout import View as ChannelView
@@ -48,9 +49,31 @@ from topiarist.targets.spec import TargetSpec
 ANY_SPARSITY = SparsitySignature(0.0, "any", (0, 0, 0))
 
 
-def lower(graph: Graph, plan: Plan, target: TargetSpec, threads: int) -> Program:
+class Functions:
+    """The TIR functions made so far, by what determines them; programs may share one."""
+
+    def __init__(self) -> None:
+        self.names: dict[Any, str] = {}
+        self.made: dict[str, Any] = {}
+
+    def get(self, key: Any, label: str, make: Callable[[str], Any]) -> str:
+        """The name of the function for this key, made on first use."""
+        if key not in self.names:
+            name = f"{label}_{len(self.names)}"
+            self.made[name] = make(name)
+            self.names[key] = name
+        return self.names[key]
+
+
+def lower(
+    graph: Graph,
+    plan: Plan,
+    target: TargetSpec,
+    threads: int,
+    functions: Functions | None = None,
+) -> Program:
     """Emit every layer, with the moves between layouts that its readers need."""
-    return _Lowering(graph, plan, target, threads).run()
+    return _Lowering(graph, plan, target, threads, functions or Functions()).run()
 
 
 def _bounds(activation: Activation | None) -> tuple[float | None, float | None]:
@@ -58,12 +81,19 @@ def _bounds(activation: Activation | None) -> tuple[float | None, float | None]:
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, plan: Plan, target: TargetSpec, threads: int) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        plan: Plan,
+        target: TargetSpec,
+        threads: int,
+        functions: Functions,
+    ) -> None:
         self.graph = graph
         self.plan = plan
         self.target = target
         self.threads = threads
-        self.made: dict[Any, str] = {}  # what determines a function -> its name
+        self.functions = functions
         self.alias: dict[str, str] = {}  # value -> the value whose buffer it shares
         self.copied: set[str] = set()
         inputs = tuple(self._plain_ref(name) for name in graph.inputs)
@@ -82,6 +112,7 @@ class _Lowering:
             Conv: self._conv,
             Linear: self._linear,
             Pool: self._pool,
+            Subsample: self._subsample,
             GlobalPool: self._global_pool,
             Add: self._add,
             Affine: self._affine,
@@ -92,12 +123,10 @@ class _Lowering:
         emitters[type(node)](node)
 
     def _function(self, key: Any, label: str, make: Callable[[str], Any]) -> str:
-        """The name of the function for this key, made on first use."""
-        if key not in self.made:
-            name = f"{label}_{len(self.made)}"
-            self.program.functions[name] = make(name)
-            self.made[key] = name
-        return self.made[key]
+        """The name of the function for this key, which the program now has."""
+        name = self.functions.get(key, label, make)
+        self.program.functions[name] = self.functions.made[name]
+        return name
 
     def _call(self, layer: str, function: str, *args: Ref | NDArray[Any]) -> None:
         program = self.program
@@ -154,7 +183,7 @@ class _Lowering:
                    self._flat(to, value))
 
     def _conv(self, node: Conv) -> None:
-        choice = self.plan.choices[node.name]
+        choice = self.plan.choices[node.name].chosen
         assert choice.config is not None
         kernel, config = conv_kernel(choice.kernel), choice.config
         workload = workload_of(node, self.graph)
@@ -169,11 +198,11 @@ class _Lowering:
         )
         (_, x), *residual = self._reads(node)
         packed = kernel.pack(node.weight, workload, config, views, self.threads)
-        refs = [ref for _, ref in residual]
+        refs = [] if views.in_place else [ref for _, ref in residual]
         self._call(node.name, name, x, *packed, node.bias, *refs, self._writes(node)[1])
 
     def _linear(self, node: Linear) -> None:
-        choice: Choice = self.plan.choices[node.name]
+        choice = self.plan.choices[node.name].chosen
         batch, lanes = self._batch(node.inputs[0]), self.target.lanes
         shape = linear_shape(node, batch)
         name = self._function(
@@ -219,6 +248,40 @@ class _Lowering:
                 )
             ]
         self._call(node.name, name, x, *scale, y)
+
+    def _subsample(self, node: Subsample) -> None:
+        (place, x), (target, y) = self._reads(node)[0], self._writes(node)
+        source, to, batch = place.view, target.view, self._batch(node.output)
+        assert isinstance(to, ChannelView)
+        if _in_step(source, to, node.strides):
+            assert isinstance(source, ChannelView)
+            name = self._function(
+                ("pick", source, to, node.strides, batch),
+                "pick",
+                lambda name: pooling.pool_prim_func(
+                    name,
+                    "max",
+                    source,
+                    to,
+                    kernel=(1, 1),
+                    strides=node.strides,
+                    padding=(0, 0),
+                    batch=batch,
+                    threads=self.threads,
+                ),
+            )
+            self._call(node.name, name, x, y)
+            return
+        name = self._function(
+            ("gather", source, to, batch),
+            "gather",
+            lambda name: relayout.to_lanes_prim_func(
+                name, source, to, batch=batch, threads=self.threads
+            ),
+        )
+        layout = source.layout if isinstance(source, ChannelView) else source
+        tables = relayout.to_lanes_tables(layout, to.layout, node.strides)
+        self._call(node.name, name, x, *tables, y)
 
     def _global_pool(self, node: GlobalPool) -> None:
         (place, x), (_, y) = self._reads(node)[0], self._writes(node)
@@ -328,9 +391,11 @@ class _Lowering:
             buffer = node.output if last else f"{node.name}#{i}"
             out = Ref(buffer, shape, dtype)
             refs[f"step {i}"] = out
-            name = f"opaque_{len(self.made)}"
-            self.made[node.name, i] = name
-            self.program.functions[name] = function.with_attr("global_symbol", name)
+            name = self._function(
+                ("opaque", node.name, i),
+                "opaque",
+                functools.partial(function.with_attr, "global_symbol"),
+            )
             inputs = [refs[arg] if arg in refs else constants[arg] for arg in args]
             self._call(node.name, name, *inputs, out)
 
@@ -348,6 +413,18 @@ class _Lowering:
         return Ref(buffer, shape, dtype)
 
 
+def _in_step(
+    source: ChannelView | PlainLayout, to: ChannelView, strides: tuple[int, int]
+) -> bool:
+    """Whether the vectors of `to` are every so-many vectors of the source."""
+    if isinstance(source, PlainLayout):
+        return False
+    a, b = source.layout.grid, to.layout.grid
+    return (a.sy, a.sx, a.rows, a.cols) == (
+        b.sy, b.sx, b.rows * strides[0], b.cols * strides[1]
+    )
+
+
 Step = tuple[Any, list[str], tuple[tuple[int, ...], str]]
 
 
@@ -356,12 +433,11 @@ def _legalise(node: Opaque) -> tuple[list[Step], dict[str, NDArray[Any]]]:
 
     Arguments are named by their Relax variable, "step i" for the result of step i.
     """
-    result = relax.Var("result", node.call.ty)
-    block = relax.BindingBlock([relax.VarBinding(result, node.call)])
     params = list({v.name: v for v in node.arguments}.values())
-    function = relax.Function(params, relax.SeqExpr([block], result), node.call.ty)
-    module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
-    module = relax.transform.LegalizeOps()(module)
+    builder = relax.BlockBuilder()
+    with builder.function("main", params):
+        builder.emit_func_output(builder.emit(node.call))
+    module = relax.transform.LegalizeOps()(builder.get())
     names: dict[str, str] = {variable.name: variable.name for variable in params}
     steps: list[Step] = []
     constants: dict[str, NDArray[Any]] = {}

@@ -10,6 +10,7 @@ import tvm
 from numpy.typing import NDArray
 
 from topiarist.compiler.program import Ref
+from topiarist.compiler.runtime import ThreadPool
 from topiarist.errors import BuildError
 from topiarist.targets.spec import TargetSpec
 
@@ -23,11 +24,9 @@ class Timer:
 
     def __init__(self, target: TargetSpec, threads: int) -> None:
         self.target = tvm.target.Target(target.tvm_target)
-        self.threads = threads
         self.random = np.random.default_rng(0)
         self._tensors: dict[tuple[str, tuple[int, ...], str], Any] = {}
-        config = tvm.get_global_func("runtime.config_threadpool")
-        config(1, threads)
+        self.pool = ThreadPool(threads)
 
     def time_us(self, function: Any, args: Sequence[Ref | NDArray[Any]]) -> float:
         """Microseconds of a call; buffers are filled with random values once."""
@@ -40,10 +39,10 @@ class Timer:
         tensors = [self._tensor(arg) for arg in args]
         device = tvm.cpu()
         once = library.time_evaluator("kernel", device, number=1, repeat=2)
-        guess_us = min(once(*tensors).results) * 1e6
+        guess_us = min(self.pool.call(lambda: once(*tensors)).results) * 1e6
         number = max(1, int(SLICE_US / max(guess_us, 0.1)))
         timer = library.time_evaluator("kernel", device, number=number, repeat=REPEATS)
-        results = timer(*tensors).results
+        results = self.pool.call(lambda: timer(*tensors)).results
         return float(np.quantile(np.asarray(results), FIRST_QUARTILE)) * 1e6
 
     def _tensor(self, arg: Ref | NDArray[Any]) -> Any:

@@ -17,10 +17,10 @@ from topiarist.compiler.compiled import CompiledModel, LayerChoice, TensorSignat
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
 from topiarist.compiler.graph import Conv, Graph, Linear
-from topiarist.compiler.lower import lower
 from topiarist.compiler.memory import MemoryPlan, plan_memory
 from topiarist.compiler.program import Program
-from topiarist.compiler.simplify import convolutions_to_linear
+from topiarist.compiler.simplify import simplify
+from topiarist.compiler.trial import settle
 from topiarist.targets import registry
 from topiarist.targets.detect import runs_here
 from topiarist.targets.spec import TargetSpec
@@ -56,10 +56,10 @@ def compile_model(
 
     report("import", 0, 1)
     module = import_model(model, batch=batch)
-    graph = convolutions_to_linear(extract_layers(module))
+    graph = simplify(extract_layers(module))
     report("import", 1, 1)
-    plan = Chooser(graph, spec, threads, dense=dense, progress=report).choose()
-    program = lower(graph, plan, spec, threads)
+    plans = Chooser(graph, spec, threads, dense=dense, progress=report).plans()
+    plan, program = settle(graph, plans, spec, threads, report)
     memory = plan_memory(program)
     lowered = to_relax(program, memory)
     report("generate code", 0, 1)
@@ -111,16 +111,16 @@ def _layer_choices(graph: Graph, plan: Plan) -> list[LayerChoice]:
             LayerChoice(
                 layer=node.name,
                 kind="conv" if isinstance(node, Conv) else "linear",
-                kernel=choice.kernel,
-                config={} if choice.config is None else asdict(choice.config),
+                kernel=choice.chosen.kernel,
+                config={} if choice.chosen.config is None else asdict(choice.chosen.config),
                 input_layout=str(_layout(plan.layouts.reads[node.name][0].view)),
                 output_layout=str(_layout(plan.layouts.places[node.output].view)),
                 density=nonzero / node.weight.size,
                 flops_dense=2 * node.weight.size * pixels,
                 flops_nonzero=2 * nonzero * pixels,
-                run_us=choice.run_us,
+                run_us=choice.chosen.run_us,
                 reason=choice.reason,
-                candidates=choice.candidates,
+                candidates=tuple((str(c), round(c.run_us, 2)) for c in choice.timed),
             )
         )
     return choices

@@ -7,7 +7,21 @@ from dataclasses import replace
 
 import numpy as np
 
-from topiarist.compiler.graph import Conv, FloatArray, Graph, Linear, Node, Value, View
+from topiarist.compiler.graph import (
+    Conv,
+    FloatArray,
+    Graph,
+    Linear,
+    Node,
+    Subsample,
+    Value,
+    View,
+)
+
+
+def simplify(graph: Graph) -> Graph:
+    """All rewrites, in order."""
+    return compact_strided_pointwise(convolutions_to_linear(graph))
 
 
 def convolutions_to_linear(graph: Graph) -> Graph:
@@ -56,3 +70,33 @@ def unrolled_weight(node: Conv, channels: int, height: int, width: int) -> Float
             cols = slice(group * per_group, (group + 1) * per_group)
             unrolled[rows, cols, y, x] = node.weight[rows, :, ky, kx]
     return unrolled.reshape(o, -1)
+
+
+def compact_strided_pointwise(graph: Graph) -> Graph:
+    """A 1x1 convolution with strides -> pick its pixels, then a 1x1 convolution without.
+
+    The kernel then reads a compact input, and a move to another layout moves only what is read.
+    """
+    nodes: list[Node] = []
+    values = dict(graph.values)
+    for node in graph.nodes:
+        pointwise = isinstance(node, Conv) and node.weight.shape[2:] == (1, 1)
+        if not isinstance(node, Conv) or not pointwise or node.strides == (1, 1):
+            nodes.append(node)
+            continue
+        if any(node.padding):
+            nodes.append(node)
+            continue
+        picked = f"{node.output}@picked"
+        n, c = graph.values[node.inputs[0]].shape[:2]
+        values[picked] = Value(picked, (n, c, *graph.values[node.output].shape[2:]))
+        nodes += [
+            Subsample(
+                name=f"{node.name}.pick",
+                inputs=node.inputs[:1],
+                output=picked,
+                strides=node.strides,
+            ),
+            replace(node, inputs=(picked, *node.inputs[1:]), strides=(1, 1)),
+        ]
+    return replace(graph, nodes=tuple(nodes), values=values)

@@ -37,11 +37,12 @@ class DirectConfig:
 
 @dataclass(frozen=True)
 class ConvViews:
-    """Where a convolution reads and writes."""
+    """Where a convolution reads and writes; `in_place` adds to what `y` holds already."""
 
     x: View
     y: View
     residual: View | None = None
+    in_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,23 @@ def _blocks(size: int, block: int) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
+class _Operands:
+    x: Any
+    bias: Any
+    residual: Any
+    y: Any
+
+
+@dataclass(frozen=True)
+class _Where:
+    """The image and tile that a loop body works on."""
+
+    image: Any
+    ty: Any
+    tx: Any
+
+
+@dataclass(frozen=True)
 class _Kernel:
     """The loops around the innermost one, shared by the sparse and the dense form."""
 
@@ -188,16 +206,20 @@ class _Kernel:
         base = image * view.layout.size + self.geometry.x.base(ty, tx) + view.base
         return base + self.geometry.x_origin
 
-    def initial(self, b: Any, r: Any, image: Any, ty: Any, tx: Any, channel: Any) -> list[Any]:
+    def initial(self, ops: _Operands, at: Any, where: _Where, channel: Any) -> list[Any]:
         """What a tile of one channel starts with: bias, plus the residual."""
-        start = emit.splat(b[channel], self.lanes)
+        start = emit.splat(ops.bias[channel], self.lanes)
+        if self.views.in_place:
+            steps = self.steps(self.geometry.y)
+            return [start + ops.y[emit.ramp(at + step, self.lanes)] for step in steps]
         view, address = self.views.residual, self.geometry.residual
         if view is None or address is None:
             return [start] * len(self.steps(self.geometry.y))
-        at = image * view.layout.size + address.base(ty, tx) + view.base
-        at = at + channel * view.layout.channel_stride
+        base = where.image * view.layout.size + address.base(where.ty, where.tx) + view.base
+        base = base + channel * view.layout.channel_stride
         return [
-            start + r[emit.ramp(at + step, self.lanes)] for step in self.steps(address)
+            start + ops.residual[emit.ramp(base + step, self.lanes)]
+            for step in self.steps(address)
         ]
 
     def begin(self, y: Any, at: Any, values: list[Any]) -> None:
@@ -221,14 +243,6 @@ def make_kernel(
     return None if geometry is None else _Kernel(workload, config, views, geometry, threads)
 
 
-@dataclass(frozen=True)
-class _Operands:
-    x: Any
-    bias: Any
-    residual: Any
-    y: Any
-
-
 def _sparse_body(
     k: _Kernel, ops: _Operands, values: Any, offsets: Any, starts: Any
 ) -> Callable[[Any, Any, Any, Any], None]:
@@ -241,6 +255,7 @@ def _sparse_body(
 
     def tile(image: Any, ty: Any, tx: Any, split: Any) -> None:
         y_base, x_base = k.y_at(image, ty, tx), k.x_at(image, ty, tx)
+        where = _Where(image, ty, tx)
         with T.serial(0, k.workload.groups) as group:
 
             def in_block(q: Any, first: bool, last: bool) -> None:
@@ -251,7 +266,7 @@ def _sparse_body(
                     at = [y_base + (channel + a) * y_stride for a in range(block)]
                     if first:
                         for a in range(block):
-                            start = k.initial(ops.bias, ops.residual, image, ty, tx, channel + a)
+                            start = k.initial(ops, at[a], where, channel + a)
                             k.begin(ops.y, at[a], start)
                     index = (group * k.in_blocks + q) * rows + row
                     begin = T.bind(starts[index])
@@ -302,15 +317,16 @@ def pack_sparse(k: _Kernel, weight: FloatArray) -> tuple[NDArray[Any], ...] | No
     block = k.config.out_block
     stride, lanes = k.views.x.layout.channel_stride, k.lanes
     taps = k.geometry.taps[None] + np.arange(k.group_in)[:, None, None] * stride
-    values, offsets, starts = [], [], [0]
+    values, offsets, counts = [], [], [np.zeros(1, np.int64)]
     for part, first, count in _row_blocks(k):
         at = (taps[first : first + count] - first * stride).ravel()
         dense = weight[part, first : first + count].reshape(-1, block, len(at))
-        for row in dense:
-            kept = np.flatnonzero((row != 0).any(0))
-            offsets.append(at[kept])
-            values.append(row[:, kept].T.ravel())
-            starts.append(starts[-1] + len(kept))
+        kept = (dense != 0).any(1)
+        row, col = np.nonzero(kept)
+        offsets.append(at[col])
+        values.append(dense[row, :, col].ravel())
+        counts.append(kept.sum(1))
+    starts = np.cumsum(np.concatenate(counts))
     flat = np.concatenate(offsets) // lanes
     if flat.size and flat.max() >= MAX_OFFSET:
         return None
@@ -318,7 +334,7 @@ def pack_sparse(k: _Kernel, weight: FloatArray) -> tuple[NDArray[Any], ...] | No
     return (
         np.append(np.concatenate(values), 0).astype(np.float32),
         np.append(flat, 0).astype(np.uint16),
-        np.asarray(starts, np.int32),
+        starts.astype(np.int32),
     )
 
 
@@ -349,9 +365,7 @@ def _dense_body(
             at = [tile.y_base + (channel + a) * y_stride for a in range(block)]
             if tile.first:
                 for a in range(block):
-                    start = k.initial(
-                        ops.bias, ops.residual, tile.image, tile.ty, tile.tx, channel + a
-                    )
+                    start = k.initial(ops, at[a], tile.where, channel + a)
                     k.begin(ops.y, at[a], start)
             w_row = tile.w_base + (base + row * block) * k.config.in_block * kh * kw
             with T.serial(0, k.config.in_block) as c, _taps_loop(kh) as ky, _taps_loop(kw) as kx:
@@ -377,7 +391,8 @@ def _dense_body(
             def in_block(q: Any, first: bool, last: bool) -> None:
                 x_block = x_base + (group * k.group_in + q * k.config.in_block) * x_stride
                 w_base = (group * k.in_blocks + q) * per_block
-                here = _DenseTile(image, ty, tx, group, first, last, y_base, x_block, w_base)
+                where = _Where(image, ty, tx)
+                here = _DenseTile(where, group, first, last, y_base, x_block, w_base)
                 if whole_blocks:
                     channels(block, chunk, split * chunk, 0, here)
                 if rest:
@@ -390,9 +405,7 @@ def _dense_body(
 
 @dataclass(frozen=True)
 class _DenseTile:
-    image: Any
-    ty: Any
-    tx: Any
+    where: _Where
     group: Any
     first: bool
     last: bool

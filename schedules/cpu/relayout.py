@@ -41,12 +41,16 @@ def gather_tables(source: NDArray[np.int64], target: LaneLayout) -> tuple[IntArr
     return np.asarray(starts, np.int32), np.concatenate(picks).astype(np.int32)
 
 
-def to_lanes_tables(source: PlainLayout | LaneLayout, target: LaneLayout) -> tuple[IntArray, ...]:
-    """The tables of `to_lanes_prim_func`."""
+def to_lanes_tables(
+    source: PlainLayout | LaneLayout, target: LaneLayout, strides: tuple[int, int] = (1, 1)
+) -> tuple[IntArray, ...]:
+    """The tables of `to_lanes_prim_func`; with strides, every so-many pixels of the source."""
     if isinstance(source, LaneLayout):
-        return gather_tables(_pixel_at(source), target)
-    height, width = target.grid.height, target.grid.width
-    return gather_tables(np.arange(height * width).reshape(height, width), target)
+        pixels = _pixel_at(source)
+    else:
+        height, width = source.shape[2:]
+        pixels = np.arange(height * width).reshape(height, width)
+    return gather_tables(pixels[:: strides[0], :: strides[1]], target)
 
 
 def _strides(layout: PlainLayout | LaneLayout) -> tuple[int, int]:

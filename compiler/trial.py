@@ -1,0 +1,183 @@
+"""The finalists run inside the network, where caches and branch predictors are as they will be.
+
+A kernel that is timed alone finds its data in the caches and its branches learned. Here whole
+networks run in turn, each with another finalist for every layer, and every call is timed; so all
+layers' finalists are compared at once in a few runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import tvm
+from numpy.typing import NDArray
+
+from topiarist.compiler.choose import Candidate, Choice, Plan, Progress
+from topiarist.compiler.graph import Graph
+from topiarist.compiler.lower import Functions, lower
+from topiarist.compiler.memory import plan_memory
+from topiarist.compiler.program import Program
+from topiarist.compiler.runtime import ThreadPool
+from topiarist.targets.spec import TargetSpec
+
+FINALISTS = 4
+WITHIN = 1.4  # slower ones alone are not tried in the network
+ROUNDS = 9
+BUDGET_S = 4.0  # of one comparison; slow networks get fewer rounds
+LEAST_ROUNDS = 3
+
+Seconds = NDArray[np.float64]
+
+
+def settle(
+    graph: Graph,
+    plans: list[Plan],
+    target: TargetSpec,
+    threads: int,
+    progress: Progress,
+) -> tuple[Plan, Program]:
+    """The fastest plan with the fastest finalist of every layer, and its program."""
+    trial = _Trial(target, threads)
+    functions = Functions()
+    tuned = []
+    for i, plan in enumerate(plans):
+        progress("try in the network", i, len(plans) + 1)
+        variants = [_variant(plan, j) for j in range(_variants(plan))]
+        programs = [lower(graph, variant, target, threads, functions) for variant in variants]
+        times = trial.compare(programs)
+        best = _pick(plan, programs, times)
+        tuned.append((best, lower(graph, best, target, threads, functions)))
+    progress("try in the network", len(plans), len(plans) + 1)
+    totals = [calls.sum() for calls in trial.compare([program for _, program in tuned])]
+    winner = int(np.argmin(totals))
+    progress("try in the network", len(plans) + 1, len(plans) + 1)
+    plan, program = tuned[winner]
+    return replace(plan, total_us=float(totals[winner]) * 1e6), program
+
+
+def _finalists(choice: Choice) -> list[Candidate]:
+    limit = choice.timed[0].run_us * WITHIN
+    return [c for c in choice.timed[:FINALISTS] if c.run_us <= limit]
+
+
+def _variants(plan: Plan) -> int:
+    return max((len(_finalists(choice)) for choice in plan.choices.values()), default=1)
+
+
+def _variant(plan: Plan, j: int) -> Plan:
+    """The plan with the j-th finalist of every layer that has so many."""
+    choices = {}
+    for name, choice in plan.choices.items():
+        finalists = _finalists(choice)
+        choices[name] = replace(choice, chosen=finalists[j % len(finalists)])
+    return replace(plan, choices=choices)
+
+
+def _pick(plan: Plan, programs: list[Program], times: list[Seconds]) -> Plan:
+    """For all layers that share a choice, the finalist with the smallest sum."""
+    layers = defaultdict(list)
+    for name, choice in plan.choices.items():
+        layers[id(choice)].append(name)
+    calls_of = defaultdict(list)
+    for i, call in enumerate(programs[0].calls):
+        calls_of[call.layer].append(i)
+    picked: dict[str, Choice] = {}
+    for names in layers.values():
+        choice = plan.choices[names[0]]
+        finalists = _finalists(choice)
+        at = [i for name in names for i in calls_of[name]]
+        sums = [
+            float(np.median([times[v][at].sum() for v in range(j, len(times), len(finalists))]))
+            for j in range(len(finalists))
+        ]
+        best = int(np.argmin(sums))
+        run_us = sums[best] * 1e6 / len(names)
+        chosen = replace(finalists[best], run_us=run_us)
+        picked.update({name: replace(choice, chosen=chosen) for name in names})
+    return replace(plan, choices=picked)
+
+
+@dataclass(frozen=True)
+class _Runnable:
+    """A program's calls with their arguments in memory; `held` keeps that memory alive."""
+
+    calls: list[tuple[Callable[..., None], tuple[Any, ...]]]
+    held: list[Any]
+
+
+class _Trial:
+    """Runs programs in turn; compiles each function once."""
+
+    def __init__(self, target: TargetSpec, threads: int) -> None:
+        self.target = tvm.target.Target(target.tvm_target)
+        self.pool = ThreadPool(threads)
+        self.compiled: dict[str, Callable[..., None]] = {}
+
+    def compare(self, programs: list[Program]) -> list[Seconds]:
+        """Median seconds of every call of each program, from interleaved runs."""
+        runnables = [self._runnable(program) for program in programs]
+        samples: list[list[Seconds]] = [[] for _ in programs]
+
+        def rounds() -> None:
+            start = time.perf_counter()
+            for i in range(ROUNDS + 1):
+                for runnable, sample in zip(runnables, samples, strict=True):
+                    seconds = _run(runnable)
+                    if i:  # the first round warms up
+                        sample.append(seconds)
+                if i >= LEAST_ROUNDS and time.perf_counter() - start > BUDGET_S:
+                    return
+
+        self.pool.call(rounds)
+        return [np.median(np.stack(sample), axis=0) for sample in samples]
+
+    def _runnable(self, program: Program) -> _Runnable:
+        self._compile(program)
+        memory = plan_memory(program)
+        storages = [tvm.runtime.tensor(np.zeros(size, np.uint8)) for size in memory.sizes]
+        params = [tvm.runtime.tensor(array) for array in program.params]
+        random = np.random.default_rng(0)
+        inputs = {
+            ref.buffer: tvm.runtime.tensor(random.standard_normal(ref.shape).astype(ref.dtype))
+            for ref in program.inputs
+        }
+        calls = []
+        for call in program.calls:
+            args = []
+            for arg in call.args:
+                if isinstance(arg, int):
+                    args.append(params[arg])
+                elif arg.buffer in inputs:
+                    args.append(inputs[arg.buffer]._create_view(arg.shape))
+                else:
+                    storage = storages[memory.storage_of[arg.buffer]]
+                    args.append(storage._create_view(arg.shape, arg.dtype))
+            calls.append((self.compiled[call.function], tuple(args)))
+        return _Runnable(calls, [storages, params, inputs])
+
+    def _compile(self, program: Program) -> None:
+        new = {
+            name: function
+            for name, function in program.functions.items()
+            if name not in self.compiled
+        }
+        if not new:
+            return
+        built = tvm.compile(tvm.IRModule(new), target=self.target)
+        library = built.mod if hasattr(built, "mod") else built
+        self.compiled.update({name: library[name] for name in new})
+
+
+def _run(runnable: _Runnable) -> Seconds:
+    clock = time.perf_counter
+    seconds = np.empty(len(runnable.calls))
+    for i, (function, args) in enumerate(runnable.calls):
+        start = clock()
+        function(*args)
+        seconds[i] = clock() - start
+    return seconds
