@@ -86,7 +86,14 @@ def test_the_stages_run_in_order(stages, tmp_path):
     ]
     assert ("choose", 3, 7) in steps
     text = _printed(demo.summary(result))
-    for words in ("100.0 ms", "25.0 ms", "4.00x (95 % interval 3.90 to 4.10)", "2.0e-06", "2.0 MB"):
+    for words in (
+        "10.0% of pruned layers",
+        "100.0 ms",
+        "25.0 ms",
+        "4.00x (95 % interval 3.90 to 4.10)",
+        "2.0e-06",
+        "2.0 MB",
+    ):
         assert words in text
 
 
