@@ -29,9 +29,7 @@ def to_relax(program: Program, memory: MemoryPlan) -> tvm.IRModule:
         emitter = _Emitter(builder, program, memory, inputs, params)
         for call in program.calls:
             args = [emitter.argument(arg) for arg in call.args]
-            builder.emit(
-                relax.Call(functions[call.function], args, None, [relax.TupleType([])])
-            )
+            builder.emit(relax.Call(functions[call.function], args, None, [relax.TupleType([])]))
         outputs = [emitter.tensor(ref) for ref in program.outputs]
         result = outputs[0] if len(outputs) == 1 else relax.Tuple(outputs)
         builder.emit_func_output(result)

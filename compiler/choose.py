@@ -6,6 +6,7 @@ included, are timed alone. `trial` then runs the best of them inside the network
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from topiarist.compiler.graph import Conv, Graph, Linear
-from topiarist.compiler.lattice import assign_lattices, find_levels
+from topiarist.compiler.lattice import MOVED_VALUES_PER_US, assign_lattices, find_levels
 from topiarist.compiler.layouts import LayoutPlan, LayoutPlanner, Place
 from topiarist.compiler.measure import Timer
 from topiarist.compiler.program import Ref
@@ -27,15 +28,22 @@ from topiarist.targets.spec import TargetSpec
 
 Progress = Callable[[str, int, int], None]
 ASSIGNMENTS = 3
+# Rough rates for estimates: a dense layer reads its weights once; a sparse one gathers inputs.
+LINEAR_WEIGHTS_PER_US = 4000.0
+SPARSE_LINEAR_RATE = 0.4
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kernel with its knobs, and its time in microseconds; `config` is None without knobs."""
+    """A kernel with its knobs, and its time in microseconds; `config` is None without knobs.
+
+    `measured` tells a time from an estimate.
+    """
 
     kernel: str
     config: DirectConfig | None
     run_us: float
+    measured: bool = True
 
     def __str__(self) -> str:
         if self.config is None:
@@ -62,7 +70,8 @@ class Choice:
         for candidate in self.timed:
             best.setdefault(candidate.kernel, candidate.run_us)
         others = [f"{k} {us:.0f} us" for k, us in best.items() if k != self.chosen.kernel]
-        return "; ".join([f"fastest of {len(self.timed)} timed", *others, *self.refusals])
+        how = "timed" if self.chosen.measured else "by estimate"
+        return "; ".join([f"fastest of {len(self.timed)} {how}", *others, *self.refusals])
 
 
 @dataclass(frozen=True)
@@ -121,17 +130,24 @@ def _anonymous(views: ConvViews) -> ConvViews:
 
 
 class Chooser:
-    """Times candidates, remembering layers that are alike."""
+    """Times candidates, or estimates them (`measure=False`), remembering layers that are alike."""
 
     def __init__(
-        self, graph: Graph, target: TargetSpec, threads: int, *, dense: bool, progress: Progress
+        self,
+        graph: Graph,
+        target: TargetSpec,
+        threads: int,
+        *,
+        dense: bool,
+        measure: bool,
+        progress: Progress,
     ) -> None:
         self.graph = graph
         self.target = target
         self.threads = threads
         self.dense = dense
         self.progress = progress
-        self.timer = Timer(target, threads)
+        self.timer = Timer(target, threads) if measure else None
         self.workloads = {
             node.name: workload_of(node, graph) for node in graph.nodes if isinstance(node, Conv)
         }
@@ -140,7 +156,8 @@ class Chooser:
 
     def plans(self) -> list[Plan]:
         """A plan for each of the cheapest lattice assignments, its kernels timed one by one."""
-        assignments = assign_lattices(find_levels(self.graph, self.target.lanes), ASSIGNMENTS)
+        count = ASSIGNMENTS if self.timer is not None else 1
+        assignments = assign_lattices(find_levels(self.graph, self.target.lanes), count)
         convs = [node for node in self.graph.nodes if isinstance(node, Conv)]
         steps = max(1, len(assignments)) * len(convs)
         linears = self._linears()
@@ -161,8 +178,9 @@ class Chooser:
 
     def _conv(self, node: Conv, views: ConvViews) -> Choice:
         workload = self.workloads[node.name]
-        same = replace(workload.sparsity, density=round(workload.sparsity.density, 2),
-                       row_quantiles=(0, 0, 0))
+        same = replace(
+            workload.sparsity, density=round(workload.sparsity.density, 2), row_quantiles=(0, 0, 0)
+        )
         key = (replace(workload, sparsity=same), _anonymous(views))
         if key not in self._convs:
             self._convs[key] = self._contest(node, workload, views)
@@ -181,8 +199,7 @@ class Chooser:
                 refusals.append(f"{kernel.name}: {refusal}")
                 continue
             for config in self._shortlist(kernel, workload, views):
-                us = self._time(kernel, config, node, workload, views)
-                timed.append(Candidate(kernel.name, config, us))
+                timed.append(self._candidate(kernel, config, node, workload, views))
         timed.sort(key=lambda candidate: candidate.run_us)
         return Choice(timed[0], tuple(timed), tuple(refusals))
 
@@ -192,36 +209,44 @@ class Chooser:
         """The candidates worth timing: more of those that may win."""
         density = workload.sparsity.density
         blocks = workload.sparsity.pattern.startswith("block")
-        if kernel.name == "direct_sparse":
+        if self.timer is None:
+            count = 1
+        elif kernel.name == "direct_sparse":
             count = 2 if blocks else 6
         elif kernel.name == "block_sparse":
             count = 6 if blocks else 1
         else:
             count = 6 if density > 0.6 else 3 if density > 0.25 else 1
-        fitting = (c for c in kernel.knobs(workload, self.target, views)
-                   if kernel.fits(workload, c, views))
+        fitting = (
+            c for c in kernel.knobs(workload, self.target, views) if kernel.fits(workload, c, views)
+        )
         return [config for config, _ in zip(fitting, range(count), strict=False)]
 
-    def _time(
+    def _candidate(
         self,
         kernel: ConvKernel,
         config: DirectConfig,
         node: Conv,
         workload: ConvWorkload,
         views: ConvViews,
-    ) -> float:
+    ) -> Candidate:
+        if self.timer is None:
+            us = kernel.estimate_us(workload, self.target, views, config)
+            return Candidate(kernel.name, config, us, measured=False)
         packed = kernel.pack(node.weight, workload, config, views, self.threads)
         function = kernel.prim_func("kernel", workload, config, views, self.threads)
         args: list[Any] = [_ref("x", views.x, workload.batch), *packed, node.bias]
         if views.residual is not None:
             args.append(_ref("residual", views.residual, workload.batch))
         args.append(_ref("y", views.y, workload.batch))
-        return self.timer.time_us(function, args)
+        return Candidate(kernel.name, config, self.timer.time_us(function, args))
 
     def _move_us(self, layouts: LayoutPlan, value: str, to: Place) -> float:
         source = layouts.places[value].view
         batch = self.graph.values[value].shape[0]
         key = (source, to.view)
+        if self.timer is None:
+            return math.prod(self.graph.values[value].shape) / MOVED_VALUES_PER_US
         if key not in self._moves:
             function, tables = move_function("move", source, to.view, batch, self.threads)
             args = [_any_ref("x", source, batch), *tables, _any_ref("y", to.view, batch)]
@@ -244,6 +269,11 @@ class Chooser:
         for kernel in LINEAR_KERNELS:
             if kernel == "sparse_linear" and (self.dense or density > MAX_SPARSE_DENSITY):
                 refusals.append(f"sparse_linear: density {density:.2f}")
+                continue
+            if self.timer is None:
+                work = density / SPARSE_LINEAR_RATE if kernel == "sparse_linear" else 1.0
+                us = work * node.weight.size / LINEAR_WEIGHTS_PER_US
+                timed.append(Candidate(kernel, None, us, measured=False))
                 continue
             function = linear_function(kernel, "kernel", shape, lanes, self.threads)
             args = [x, *linear_params(kernel, node, lanes), y]

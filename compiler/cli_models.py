@@ -178,6 +178,9 @@ def compile_(
     dense: Annotated[
         bool, typer.Option("--dense", help="Don't skip zeros: for comparison.")
     ] = False,
+    measure: Annotated[
+        bool, typer.Option(help="Time kernels here, or choose by estimate: fast, less good.")
+    ] = True,
     dump_dir: Annotated[
         Path | None, typer.Option(help="Write the state after each stage to this folder.")
     ] = None,
@@ -200,6 +203,7 @@ def compile_(
             threads=threads,
             batch=batch,
             dense=dense,
+            measure=measure,
             dump_dir=dump_dir,
             progress=progress,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from topiarist.compiler.graph import Add as AddNode
 from topiarist.compiler.graph import (
     Affine,
     Concat,
@@ -19,8 +20,7 @@ from topiarist.compiler.graph import (
     Subsample,
     View,
 )
-from topiarist.compiler.graph import Add as AddNode
-from topiarist.compiler.lattice import Lattice, largest_tile, laned_values, strides_of
+from topiarist.compiler.lattice import Lattice, laned_values, largest_tile, strides_of
 from topiarist.schedules.layout import Halo, LaneLayout, PlainLayout
 from topiarist.schedules.layout import View as ChannelView
 
@@ -283,8 +283,10 @@ class LayoutPlanner:
     def _copy(self, name: str, layout: LaneLayout | PlainLayout) -> Place:
         buffer = f"{name}@{layout}"
         if buffer not in self.copies:
-            view: ChannelView | PlainLayout = layout if isinstance(layout, PlainLayout) else (
-                ChannelView(layout, 0, layout.channels)
+            view: ChannelView | PlainLayout = (
+                layout
+                if isinstance(layout, PlainLayout)
+                else (ChannelView(layout, 0, layout.channels))
             )
             self.copies[buffer] = Copy(name, Place(buffer, view))
         return self.copies[buffer].place

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import tvm
 from numpy.typing import NDArray
 from tvm import relax
 
@@ -179,8 +177,9 @@ class _Lowering:
             "move",
             lambda name: function.with_attr("global_symbol", name),
         )
-        self._call(f"{value} to {to.view}", name, self._flat(source, value), *tables,
-                   self._flat(to, value))
+        self._call(
+            f"{value} to {to.view}", name, self._flat(source, value), *tables, self._flat(to, value)
+        )
 
     def _conv(self, node: Conv) -> None:
         choice = self.plan.choices[node.name].chosen
@@ -413,16 +412,12 @@ class _Lowering:
         return Ref(buffer, shape, dtype)
 
 
-def _in_step(
-    source: ChannelView | PlainLayout, to: ChannelView, strides: tuple[int, int]
-) -> bool:
+def _in_step(source: ChannelView | PlainLayout, to: ChannelView, strides: tuple[int, int]) -> bool:
     """Whether the vectors of `to` are every so-many vectors of the source."""
     if isinstance(source, PlainLayout):
         return False
     a, b = source.layout.grid, to.layout.grid
-    return (a.sy, a.sx, a.rows, a.cols) == (
-        b.sy, b.sx, b.rows * strides[0], b.cols * strides[1]
-    )
+    return (a.sy, a.sx, a.rows, a.cols) == (b.sy, b.sx, b.rows * strides[0], b.cols * strides[1])
 
 
 Step = tuple[Any, list[str], tuple[tuple[int, ...], str]]

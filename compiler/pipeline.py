@@ -17,14 +17,15 @@ from topiarist.compiler.compiled import CompiledModel, LayerChoice, TensorSignat
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
 from topiarist.compiler.graph import Conv, Graph, Linear
+from topiarist.compiler.lower import lower
 from topiarist.compiler.memory import MemoryPlan, plan_memory
 from topiarist.compiler.program import Program
 from topiarist.compiler.simplify import simplify
 from topiarist.compiler.trial import settle
+from topiarist.errors import TargetError
 from topiarist.targets import registry
 from topiarist.targets.detect import runs_here
 from topiarist.targets.spec import TargetSpec
-from topiarist.errors import TargetError
 
 Progress = Callable[[str, int, int], None]
 
@@ -37,6 +38,7 @@ def compile_model(
     threads: int = 1,
     batch: int | None = None,
     dense: bool = False,
+    measure: bool = True,
     dump_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> CompiledModel:
@@ -47,7 +49,8 @@ def compile_model(
     Raises ModelError, TargetError, OutputError or BuildError, each saying what to do.
     """
     spec = registry.get(target) if isinstance(target, str) else target
-    _require_measurable(spec)
+    if measure:
+        _require_measurable(spec)
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     if output is not None:
@@ -58,8 +61,12 @@ def compile_model(
     module = import_model(model, batch=batch)
     graph = simplify(extract_layers(module))
     report("import", 1, 1)
-    plans = Chooser(graph, spec, threads, dense=dense, progress=report).plans()
-    plan, program = settle(graph, plans, spec, threads, report)
+    chooser = Chooser(graph, spec, threads, dense=dense, measure=measure, progress=report)
+    plans = chooser.plans()
+    if measure:
+        plan, program = settle(graph, plans, spec, threads, report)
+    else:
+        plan, program = plans[0], lower(graph, plans[0], spec, threads)
     memory = plan_memory(program)
     lowered = to_relax(program, memory)
     report("generate code", 0, 1)
@@ -83,13 +90,13 @@ def compile_model(
 
 
 def _require_measurable(spec: TargetSpec) -> None:
-    """Kernels are chosen by timing them, so this machine has to be able to run them."""
+    """Kernels are timed here, so this machine has to be able to run them."""
     reason = runs_here(spec)
     if reason is not None:
         raise TargetError(
-            f"{spec.name}: {reason}. Kernels are chosen by measuring them here; compile on a "
-            "machine that has this instruction set, or choose another target "
-            "(`topiarist targets list`)."
+            f"{spec.name}: {reason}. Kernels are chosen by timing them here: compile on a machine "
+            "that has this instruction set, choose another target (`topiarist targets list`), "
+            "or choose by estimate (`--no-measure`)."
         )
 
 
@@ -118,7 +125,7 @@ def _layer_choices(graph: Graph, plan: Plan) -> list[LayerChoice]:
                 density=nonzero / node.weight.size,
                 flops_dense=2 * node.weight.size * pixels,
                 flops_nonzero=2 * nonzero * pixels,
-                run_us=choice.chosen.run_us,
+                run_us=choice.chosen.run_us if choice.chosen.measured else None,
                 reason=choice.reason,
                 candidates=tuple((str(c), round(c.run_us, 2)) for c in choice.timed),
             )

@@ -41,6 +41,16 @@ class ConvKernel(ABC):
     ) -> list[DirectConfig]:
         """The search space between two layouts, most promising first."""
 
+    @abstractmethod
+    def estimate_us(
+        self,
+        workload: ConvWorkload,
+        target: TargetSpec,
+        views: ConvViews,
+        config: DirectConfig,
+    ) -> float:
+        """Microseconds on one core by counting instructions and footprints; only ranks."""
+
     def fits(self, workload: ConvWorkload, config: DirectConfig, views: ConvViews) -> bool:
         """Whether the configuration works between these layouts."""
         if direct.refuses_views(workload, views) is not None:
@@ -96,6 +106,17 @@ class DirectSparse(ConvKernel):
     ) -> list[DirectConfig]:
         """Tiles of vectors and blocks of input channels."""
         return space.sparse_configs(workload, target, views.x.layout, views.y.layout)
+
+    def estimate_us(
+        self,
+        workload: ConvWorkload,
+        target: TargetSpec,
+        views: ConvViews,
+        config: DirectConfig,
+    ) -> float:
+        """Nonzeros, ends of rows and cache misses."""
+        estimate = space.Estimator(workload, target, views.x.layout, views.y.layout)
+        return estimate.sparse_cycles(config) / space.CYCLES_PER_US
 
     def pack(
         self,
@@ -156,6 +177,17 @@ class DirectDense(ConvKernel):
     ) -> list[DirectConfig]:
         """Tiles of vectors by output channels, and blocks of input channels."""
         return space.dense_configs(workload, target, views.x.layout, views.y.layout)
+
+    def estimate_us(
+        self,
+        workload: ConvWorkload,
+        target: TargetSpec,
+        views: ConvViews,
+        config: DirectConfig,
+    ) -> float:
+        """Multiply-adds, loads and cache misses."""
+        estimate = space.Estimator(workload, target, views.x.layout, views.y.layout)
+        return estimate.dense_cycles(config) / space.CYCLES_PER_US
 
     def pack(
         self,

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tvm.script.ir_builder import tirx as T
 
 from topiarist.schedules.cpu import emit
 from topiarist.schedules.layout import LaneLayout, TileAddress, View, tile_address
 from topiarist.schedules.workload import ConvWorkload
-from tvm.script.ir_builder import tirx as T
 
 FloatArray = NDArray[np.float32]
 MAX_OFFSET = 1 << 16
@@ -218,8 +218,7 @@ class _Kernel:
         base = where.image * view.layout.size + address.base(where.ty, where.tx) + view.base
         base = base + channel * view.layout.channel_stride
         return [
-            start + ops.residual[emit.ramp(base + step, self.lanes)]
-            for step in self.steps(address)
+            start + ops.residual[emit.ramp(base + step, self.lanes)] for step in self.steps(address)
         ]
 
     def begin(self, y: Any, at: Any, values: list[Any]) -> None:
@@ -346,9 +345,7 @@ def _row_blocks(k: _Kernel) -> Iterator[tuple[slice, int, int]]:
             yield part, first, count
 
 
-def _dense_body(
-    k: _Kernel, ops: _Operands, weights: Any
-) -> Callable[[Any, Any, Any, Any], None]:
+def _dense_body(k: _Kernel, ops: _Operands, weights: Any) -> Callable[[Any, Any, Any, Any], None]:
     """The loops inside a tile of the dense form."""
     kh, kw = k.geometry.taps.shape
     x_layout = k.views.x.layout

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from tvm.script.ir_builder import tirx as T
+
 from topiarist.schedules.cpu import emit
 from topiarist.schedules.layout import PlainLayout, View
-from tvm.script.ir_builder import tirx as T
 
 
 def affine_prim_func(

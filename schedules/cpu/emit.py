@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from topiarist.schedules.layout import View, halo_fixes
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
+
+from topiarist.schedules.layout import View, halo_fixes
 
 Clamp = tuple[float | None, float | None]
 
@@ -24,11 +25,10 @@ Clamp = tuple[float | None, float | None]
 @contextmanager
 def prim_func(name: str) -> Iterator[IRBuilder]:
     """The frame of a kernel; `builder.get()` yields the PrimFunc after the block."""
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True, "tirx.is_scheduled": True})
-            yield builder
+    with IRBuilder() as builder, T.prim_func():
+        T.func_name(name)
+        T.func_attr({"global_symbol": name, "tirx.noalias": True, "tirx.is_scheduled": True})
+        yield builder
 
 
 def argument(name: str, size: int | tirx.Var, dtype: str = "float32") -> Any:

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tvm.script.ir_builder import tirx as T
 
 from topiarist.schedules.cpu import emit
-from tvm.script.ir_builder import tirx as T
 
 FloatArray = NDArray[np.float32]
 BLOCK_VECTORS = 4

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
 
 from topiarist.schedules.cpu import emit
 from topiarist.schedules.layout import LaneLayout, View
-from tvm import tirx
-from tvm.script.ir_builder import tirx as T
 
 
 def pool_prim_func(
@@ -74,7 +74,7 @@ def average_scale(
 
     With `count_include_pad` the padding counts, but not what lies beyond it (ONNX, AveragePool).
     """
-    top, left, bottom, right = padding
+    top, left = padding[:2]
     pad = padding if count_include_pad else (0, 0, 0, 0)
 
     def counts(out: NDArray[np.int64], axis: int) -> NDArray[np.int64]:

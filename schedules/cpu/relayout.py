@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
 
 from topiarist.schedules.cpu import emit
 from topiarist.schedules.layout import Grid, LaneLayout, PlainLayout, View
-from tvm import tirx
-from tvm.script.ir_builder import tirx as T
 
 IntArray = NDArray[np.int32]
 

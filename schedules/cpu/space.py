@@ -14,9 +14,11 @@ from topiarist.schedules.layout import Grid, LaneLayout
 from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets.spec import TargetSpec
 
+CYCLES_PER_US = 3000.0  # a nominal clock, to state estimates in microseconds
 ROW_END_CYCLES = 18.0  # a mispredicted end of a row of nonzeros
 NONZERO_CYCLES = 2.0  # index, broadcast and address of one nonzero
 SMALLEST_TILE = 2
+L1_SHARES = (0.5, 1, 6)  # what a block of input channels may fill
 
 
 def tiles(grid: Grid, limit: int) -> list[tuple[int, int]]:
@@ -55,7 +57,8 @@ class Estimator:
         channels = self.workload.in_channels // self.workload.groups
         per_channel = self.tile_bytes(tile)
         found = {channels}
-        for budget in (self.target.l1d_bytes // 2, self.target.l1d_bytes, 6 * self.target.l1d_bytes):
+        for share in L1_SHARES:
+            budget = int(share * self.target.l1d_bytes)
             block = max(8, budget // per_channel)
             parts = max(1, round(channels / block))
             found.add(-(-channels // parts))
