@@ -27,6 +27,7 @@ from topiarist.compiler.graph import (
 from topiarist.schedules.layout import Grid
 
 LANE_NODES = (Conv, Pool, Subsample, GlobalPool, Add, Affine, Concat)
+LANES_ONLY = (Conv, Pool, Subsample, Concat)
 # First estimates that only rank lattices; the kernels themselves are measured afterwards.
 MACS_PER_US = 4.0e4
 MOVED_VALUES_PER_US = 1.2e3
@@ -56,18 +57,20 @@ def strides_of(node: Node) -> tuple[int, int]:
 
 
 def laned_values(graph: Graph) -> set[str]:
-    """Values that lane kernels read or write: 4-D with more than one pixel."""
-    touched = {
-        name
-        for node in graph.nodes
-        if isinstance(node, LANE_NODES)
-        for name in (*node.inputs, node.output)
-    }
-    return {name for name in touched if _is_picture(graph.values[name].shape)}
+    """4-D values that lane kernels read or write.
 
-
-def _is_picture(shape: tuple[int, ...]) -> bool:
-    return len(shape) == 4 and shape[2] * shape[3] > 1
+    One-pixel planes stay row-major, but where a layer that has only lane kernels touches them.
+    """
+    touched: set[str] = set()
+    for node in graph.nodes:
+        if not isinstance(node, LANE_NODES):
+            continue
+        for name in (*node.inputs, node.output):
+            shape = graph.values[name].shape
+            one_pixel = len(shape) == 4 and shape[2:] == (1, 1)
+            if len(shape) == 4 and (not one_pixel or isinstance(node, LANES_ONLY)):
+                touched.add(name)
+    return touched
 
 
 @dataclass(frozen=True)

@@ -214,9 +214,8 @@ class _Lowering:
 
     def _pool(self, node: Pool) -> None:
         (place, x), (target, y) = self._reads(node)[0], self._writes(node)
-        if isinstance(place.view, PlainLayout) or isinstance(target.view, PlainLayout):
-            raise ModelError(f"{node.name}: pooling of a plane with one pixel is not supported")
         batch, source, to = self._batch(node.output), place.view, target.view
+        assert isinstance(source, ChannelView) and isinstance(to, ChannelView)
         name = self._function(
             (node.mode, source, to, node.kernel, node.strides, node.padding, batch),
             f"{node.mode}_pool",
@@ -360,8 +359,7 @@ class _Lowering:
     def _concat(self, node: Concat) -> None:
         """Copy the parts that their layers could not write in place."""
         target, y = self._writes(node)
-        if isinstance(target.view, PlainLayout):
-            raise ModelError(f"{node.name}: concatenation of one-pixel planes is not supported")
+        assert isinstance(target.view, ChannelView)
         first, batch = target.view.first, self._batch(node.output)
         for (place, x), value in zip(self._reads(node), node.inputs, strict=True):
             count = self.graph.values[value].shape[1]

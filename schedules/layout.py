@@ -27,7 +27,11 @@ Halo = tuple[int, int, int, int]  # top, left, bottom, right; in pixels of a sub
 
 @dataclass(frozen=True)
 class Grid:
-    """The pixels of a plane dealt out to `rows * cols` vectors of `sy * sx` lanes."""
+    """The pixels of a plane dealt out to `rows * cols` vectors of `sy * sx` lanes.
+
+    A grid that does not cover its plane holds the rest only in a halo: enough for a layer with
+    strides, and only a copy of a tensor may be laid out so.
+    """
 
     height: int
     width: int
@@ -36,9 +40,10 @@ class Grid:
     rows: int
     cols: int
 
-    def __post_init__(self) -> None:
-        if self.rows * self.sy < self.height or self.cols * self.sx < self.width:
-            raise ValueError(f"{self} does not cover the plane")
+    @property
+    def covers(self) -> bool:
+        """Whether every pixel of the plane has a lane of its own."""
+        return self.rows * self.sy >= self.height and self.cols * self.sx >= self.width
 
     @property
     def lanes(self) -> int:
@@ -154,14 +159,19 @@ class LaneLayout:
                 flat[:, at] = np.where(inside, picked, self.fill)
         return flat.ravel()
 
+    def pixel_offsets(self) -> IntArray:
+        """[H, W] positions of the pixels of channel 0. Raises ValueError if some have none."""
+        grid = self.grid
+        if not grid.covers:
+            raise ValueError(f"{grid} does not cover the plane")
+        y, x = np.mgrid[: grid.height, : grid.width]
+        lane = y // grid.rows * grid.sx + x // grid.cols
+        return np.asarray(self.offset(y % grid.rows, x % grid.cols) + lane)
+
     def unpack(self, flat: NDArray[np.float32]) -> NDArray[np.float32]:
         """The flat buffer -> [N, C, H, W]."""
-        images = flat.reshape(-1, self.size)
-        y, x = np.mgrid[: self.grid.height, : self.grid.width]
-        lane = y // self.grid.rows * self.grid.sx + x // self.grid.cols
-        at = self.offset(y % self.grid.rows, x % self.grid.cols) + lane
         base = np.arange(self.channels) * self.channel_stride
-        return images[:, base[:, None, None] + at]
+        return flat.reshape(-1, self.size)[:, base[:, None, None] + self.pixel_offsets()]
 
     def __str__(self) -> str:
         order = f"tile{self.tile[0]}x{self.tile[1]}" if self.tile else f"halo{self.halo}"
@@ -241,6 +251,8 @@ def halo_fixes(layout: LaneLayout) -> list[HaloFix]:
     """
     if layout.tile is not None:
         return []
+    if not layout.grid.covers:
+        raise ValueError(f"{layout.grid} does not cover the plane: its halo can't be derived")
     grid, (top, left, bottom, right) = layout.grid, layout.halo
     interior: list[HaloFix] = []
     outside: list[HaloFix] = []

@@ -15,14 +15,6 @@ from topiarist.schedules.layout import Grid, LaneLayout, PlainLayout, View
 IntArray = NDArray[np.int32]
 
 
-def _pixel_at(layout: LaneLayout) -> NDArray[np.int64]:
-    """[H, W] positions of the pixels of channel 0."""
-    grid = layout.grid
-    y, x = np.mgrid[: grid.height, : grid.width]
-    lane = y // grid.rows * grid.sx + x // grid.cols
-    return np.asarray(layout.offset(y % grid.rows, x % grid.cols) + lane)
-
-
 def gather_tables(source: NDArray[np.int64], target: LaneLayout) -> tuple[IntArray, IntArray]:
     """Where each stored vector starts, and the source position of each of its lanes or -1.
 
@@ -46,7 +38,7 @@ def to_lanes_tables(
 ) -> tuple[IntArray, ...]:
     """The tables of `to_lanes_prim_func`; with strides, every so-many pixels of the source."""
     if isinstance(source, LaneLayout):
-        pixels = _pixel_at(source)
+        pixels = source.pixel_offsets()
     else:
         height, width = source.shape[2:]
         pixels = np.arange(height * width).reshape(height, width)
@@ -95,7 +87,7 @@ def to_lanes_prim_func(
 
 def from_lanes_table(source: LaneLayout) -> IntArray:
     """The table of `from_lanes_prim_func`: where each pixel of channel 0 lies."""
-    return _pixel_at(source).ravel().astype(np.int32)
+    return source.pixel_offsets().ravel().astype(np.int32)
 
 
 def from_lanes_prim_func(name: str, source: View, *, batch: int, threads: int) -> Any:
