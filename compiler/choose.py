@@ -6,6 +6,7 @@ included, are timed alone. `trial` then runs the best of them inside the network
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,6 +29,9 @@ from topiarist.targets.spec import TargetSpec
 
 Progress = Callable[[str, int, int], None]
 ASSIGNMENTS = 3
+SHORTLIST = 6  # configurations of a kernel that are timed
+FIRST_TRIES = 1
+HOPELESS = 1.6
 # Rough rates for estimates: a dense layer reads its weights once; a sparse one gathers inputs.
 LINEAR_WEIGHTS_PER_US = 4000.0
 SPARSE_LINEAR_RATE = 0.4
@@ -198,29 +202,30 @@ class Chooser:
             if refusal is not None:
                 refusals.append(f"{kernel.name}: {refusal}")
                 continue
-            for config in self._shortlist(kernel, workload, views):
+            for i, config in enumerate(self._shortlist(kernel, workload, views)):
+                if i >= FIRST_TRIES and self._hopeless(kernel, timed):
+                    break
                 timed.append(self._candidate(kernel, config, node, workload, views))
         timed.sort(key=lambda candidate: candidate.run_us)
         return Choice(timed[0], tuple(timed), tuple(refusals))
 
+    @staticmethod
+    def _hopeless(kernel: ConvKernel, timed: list[Candidate]) -> bool:
+        """Whether the kernel's first tries lie so far behind that no knob will mend it."""
+        own = min(c.run_us for c in timed if c.kernel == kernel.name)
+        return own > HOPELESS * min(c.run_us for c in timed)
+
     def _shortlist(
         self, kernel: ConvKernel, workload: ConvWorkload, views: ConvViews
     ) -> list[DirectConfig]:
-        """The candidates worth timing: more of those that may win."""
-        density = workload.sparsity.density
-        blocks = workload.sparsity.pattern.startswith("block")
-        if self.timer is None:
-            count = 1
-        elif kernel.name == "direct_sparse":
-            count = 2 if blocks else 6
-        elif kernel.name == "block_sparse":
-            count = 6 if blocks else 1
-        else:
-            count = 6 if density > 0.6 else 3 if density > 0.25 else 1
+        """The configurations worth trying, most promising first."""
+        count = SHORTLIST if self.timer is not None else 1
         fitting = (
-            c for c in kernel.knobs(workload, self.target, views) if kernel.fits(workload, c, views)
+            config
+            for config in kernel.knobs(workload, self.target, views)
+            if kernel.fits(workload, config, views)
         )
-        return [config for config, _ in zip(fitting, range(count), strict=False)]
+        return list(itertools.islice(fitting, count))
 
     def _candidate(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,20 +47,29 @@ from topiarist.targets.spec import TargetSpec
 ANY_SPARSITY = SparsitySignature(0.0, "any", (0, 0, 0))
 
 
-class Functions:
-    """The TIR functions made so far, by what determines them; programs may share one."""
+class Parts:
+    """Functions and packed weights made so far, by what determines them; programs share them."""
 
     def __init__(self) -> None:
         self.names: dict[Any, str] = {}
-        self.made: dict[str, Any] = {}
+        self.functions: dict[str, Any] = {}
+        self._constants: dict[Any, Sequence[NDArray[Any]]] = {}
 
-    def get(self, key: Any, label: str, make: Callable[[str], Any]) -> str:
+    def function(self, key: Any, label: str, make: Callable[[str], Any]) -> str:
         """The name of the function for this key, made on first use."""
         if key not in self.names:
             name = f"{label}_{len(self.names)}"
-            self.made[name] = make(name)
+            self.functions[name] = make(name)
             self.names[key] = name
         return self.names[key]
+
+    def constants(
+        self, key: Any, make: Callable[[], Sequence[NDArray[Any]]]
+    ) -> Sequence[NDArray[Any]]:
+        """The arrays for this key, made on first use."""
+        if key not in self._constants:
+            self._constants[key] = make()
+        return self._constants[key]
 
 
 def lower(
@@ -68,10 +77,10 @@ def lower(
     plan: Plan,
     target: TargetSpec,
     threads: int,
-    functions: Functions | None = None,
+    parts: Parts | None = None,
 ) -> Program:
     """Emit every layer, with the moves between layouts that its readers need."""
-    return _Lowering(graph, plan, target, threads, functions or Functions()).run()
+    return _Lowering(graph, plan, target, threads, parts or Parts()).run()
 
 
 def _bounds(activation: Activation | None) -> tuple[float | None, float | None]:
@@ -85,13 +94,13 @@ class _Lowering:
         plan: Plan,
         target: TargetSpec,
         threads: int,
-        functions: Functions,
+        parts: Parts,
     ) -> None:
         self.graph = graph
         self.plan = plan
         self.target = target
         self.threads = threads
-        self.functions = functions
+        self.parts = parts
         self.alias: dict[str, str] = {}  # value -> the value whose buffer it shares
         self.copied: set[str] = set()
         inputs = tuple(self._plain_ref(name) for name in graph.inputs)
@@ -122,8 +131,8 @@ class _Lowering:
 
     def _function(self, key: Any, label: str, make: Callable[[str], Any]) -> str:
         """The name of the function for this key, which the program now has."""
-        name = self.functions.get(key, label, make)
-        self.program.functions[name] = self.functions.made[name]
+        name = self.parts.function(key, label, make)
+        self.program.functions[name] = self.parts.functions[name]
         return name
 
     def _call(self, layer: str, function: str, *args: Ref | NDArray[Any]) -> None:
@@ -196,7 +205,10 @@ class _Lowering:
             lambda name: kernel.prim_func(name, workload, config, views, self.threads),
         )
         (_, x), *residual = self._reads(node)
-        packed = kernel.pack(node.weight, workload, config, views, self.threads)
+        packed = self.parts.constants(
+            (node.name, kernel.name, config, views),
+            lambda: kernel.pack(node.weight, workload, config, views, self.threads),
+        )
         refs = [] if views.in_place else [ref for _, ref in residual]
         self._call(node.name, name, x, *packed, node.bias, *refs, self._writes(node)[1])
 
@@ -209,7 +221,9 @@ class _Lowering:
             choice.kernel,
             lambda name: linear_function(choice.kernel, name, shape, lanes, self.threads),
         )
-        params = linear_params(choice.kernel, node, lanes)
+        params = self.parts.constants(
+            (node.name, choice.kernel), lambda: linear_params(choice.kernel, node, lanes)
+        )
         self._call(node.name, name, self._reads(node)[0][1], *params, self._writes(node)[1])
 
     def _pool(self, node: Pool) -> None:

@@ -57,6 +57,6 @@ class Program:
     outputs: tuple[Ref, ...] = ()
 
     def parameter(self, array: Array) -> int:
-        """Add a constant, flat; returns its index."""
-        self.params.append(np.ascontiguousarray(array).reshape(array.shape))
+        """Add a constant; returns its index."""
+        self.params.append(np.ascontiguousarray(array))
         return len(self.params) - 1

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from topiarist.compiler.choose import Candidate, Choice, Plan, Progress
 from topiarist.compiler.graph import Graph
-from topiarist.compiler.lower import Functions, lower
+from topiarist.compiler.lower import Parts, lower
 from topiarist.compiler.memory import plan_memory
 from topiarist.compiler.program import Program
 from topiarist.compiler.runtime import ThreadPool
@@ -43,15 +43,15 @@ def settle(
 ) -> tuple[Plan, Program]:
     """The fastest plan with the fastest finalist of every layer, and its program."""
     trial = _Trial(target, threads)
-    functions = Functions()
+    parts = Parts()
     tuned = []
     for i, plan in enumerate(plans):
         progress("try in the network", i, len(plans) + 1)
         variants = [_variant(plan, j) for j in range(_variants(plan))]
-        programs = [lower(graph, variant, target, threads, functions) for variant in variants]
+        programs = [lower(graph, variant, target, threads, parts) for variant in variants]
         times = trial.compare(programs)
         best = _pick(plan, programs, times)
-        tuned.append((best, lower(graph, best, target, threads, functions)))
+        tuned.append((best, lower(graph, best, target, threads, parts)))
     progress("try in the network", len(plans), len(plans) + 1)
     totals = [calls.sum() for calls in trial.compare([program for _, program in tuned])]
     winner = int(np.argmin(totals))
@@ -117,6 +117,7 @@ class _Trial:
         self.target = tvm.target.Target(target.tvm_target)
         self.pool = ThreadPool(threads)
         self.compiled: dict[str, Callable[..., None]] = {}
+        self.constants: dict[int, tuple[Any, Any]] = {}  # id -> array, kept alive, and tensor
 
     def compare(self, programs: list[Program]) -> list[Seconds]:
         """Median seconds of every call of each program, from interleaved runs."""
@@ -140,7 +141,7 @@ class _Trial:
         self._compile(program)
         memory = plan_memory(program)
         storages = [tvm.runtime.tensor(np.zeros(size, np.uint8)) for size in memory.sizes]
-        params = [tvm.runtime.tensor(array) for array in program.params]
+        params = [self._constant(array) for array in program.params]
         random = np.random.default_rng(0)
         inputs = {
             ref.buffer: tvm.runtime.tensor(random.standard_normal(ref.shape).astype(ref.dtype))
@@ -159,6 +160,12 @@ class _Trial:
                     args.append(storage._create_view(arg.shape, arg.dtype))
             calls.append((self.compiled[call.function], tuple(args)))
         return _Runnable(calls, [storages, params, inputs])
+
+    def _constant(self, array: NDArray[Any]) -> Any:
+        """The array in aligned memory; programs that share an array share its copy."""
+        if id(array) not in self.constants:
+            self.constants[id(array)] = array, tvm.runtime.tensor(array)
+        return self.constants[id(array)][1]
 
     def _compile(self, program: Program) -> None:
         new = {
