@@ -17,7 +17,8 @@ import numpy as np
 from topiarist.compiler.graph import Conv, Graph, Linear
 from topiarist.compiler.lattice import MOVED_VALUES_PER_US, assign_lattices, find_levels
 from topiarist.compiler.layouts import LayoutPlan, LayoutPlanner, Place
-from topiarist.compiler.measure import Timer
+from topiarist.compiler.measure import Timer, typical
+from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Ref
 from topiarist.pruning.patterns import find_pattern
 from topiarist.schedules.cpu import linear, relayout
@@ -86,6 +87,7 @@ class Plan:
     """
 
     layouts: LayoutPlan
+    workloads: dict[str, ConvWorkload]
     choices: dict[str, Choice]
     total_us: float
 
@@ -139,19 +141,19 @@ class Chooser:
     def __init__(
         self,
         graph: Graph,
-        target: TargetSpec,
-        threads: int,
+        parts: Parts,
         *,
         dense: bool,
         measure: bool,
         progress: Progress,
     ) -> None:
         self.graph = graph
-        self.target = target
-        self.threads = threads
+        self.parts = parts
+        self.target: TargetSpec = parts.target
+        self.threads = parts.threads
         self.dense = dense
         self.progress = progress
-        self.timer = Timer(target, threads) if measure else None
+        self.timer = Timer(parts.threads) if measure else None
         self.workloads = {
             node.name: workload_of(node, graph) for node in graph.nodes if isinstance(node, Conv)
         }
@@ -176,7 +178,7 @@ class Chooser:
                 self._move_us(layouts, copy.value, copy.place) for copy in layouts.copies.values()
             )
             total = moves + sum(choice.chosen.run_us for choice in choices.values())
-            plans.append(Plan(layouts, choices, total))
+            plans.append(Plan(layouts, self.workloads, choices, total))
         self.progress("time kernels", steps, steps)
         return sorted(plans, key=lambda plan: plan.total_us)
 
@@ -239,12 +241,16 @@ class Chooser:
             us = kernel.estimate_us(workload, self.target, views, config)
             return Candidate(kernel.name, config, us, measured=False)
         packed = kernel.pack(node.weight, workload, config, views, self.threads)
-        function = kernel.prim_func("kernel", workload, config, views, self.threads)
+        name = self.parts.convolution(kernel, workload, config, views)
         args: list[Any] = [_ref("x", views.x, workload.batch), *packed, node.bias]
         if views.residual is not None:
             args.append(_ref("residual", views.residual, workload.batch))
         args.append(_ref("y", views.y, workload.batch))
-        return Candidate(kernel.name, config, self.timer.time_us(function, args))
+        return Candidate(kernel.name, config, self._time(name, args))
+
+    def _time(self, name: str, args: list[Any]) -> float:
+        assert self.timer is not None
+        return typical(self.timer.times_us(self.parts.compiled([name])[name], args))
 
     def _move_us(self, layouts: LayoutPlan, value: str, to: Place) -> float:
         source = layouts.places[value].view
@@ -253,9 +259,9 @@ class Chooser:
         if self.timer is None:
             return math.prod(self.graph.values[value].shape) / MOVED_VALUES_PER_US
         if key not in self._moves:
-            function, tables = move_function("move", source, to.view, batch, self.threads)
+            name, tables = move(self.parts, source, to.view, batch)
             args = [_any_ref("x", source, batch), *tables, _any_ref("y", to.view, batch)]
-            self._moves[key] = self.timer.time_us(function, args)
+            self._moves[key] = self._time(name, args)
         return self._moves[key]
 
     def _linears(self) -> dict[str, Choice]:
@@ -280,9 +286,9 @@ class Chooser:
                 us = work * node.weight.size / LINEAR_WEIGHTS_PER_US
                 timed.append(Candidate(kernel, None, us, measured=False))
                 continue
-            function = linear_function(kernel, "kernel", shape, lanes, self.threads)
+            name = linear_function(self.parts, kernel, shape)
             args = [x, *linear_params(kernel, node, lanes), y]
-            timed.append(Candidate(kernel, None, self.timer.time_us(function, args)))
+            timed.append(Candidate(kernel, None, self._time(name, args)))
         timed.sort(key=lambda candidate: candidate.run_us)
         return Choice(timed[0], tuple(timed), tuple(refusals))
 
@@ -297,15 +303,16 @@ def linear_shape(node: Linear, batch: int) -> linear.LinearShape:
     return linear.LinearShape(batch, node.weight.shape[1], node.weight.shape[0], bounds)
 
 
-def linear_function(
-    kernel: str, name: str, shape: linear.LinearShape, lanes: int, threads: int
-) -> Any:
-    """The TIR function of a fully connected kernel."""
+def linear_function(parts: Parts, kernel: str, shape: linear.LinearShape) -> str:
+    """The name of a fully connected kernel's function."""
     make = {
         "sparse_linear": linear.sparse_linear_prim_func,
         "dense_linear": linear.dense_linear_prim_func,
     }[kernel]
-    return make(name, shape, lanes, threads)
+    lanes = parts.target.lanes
+    return parts.function(
+        (kernel, shape), kernel, lambda name: make(name, shape, lanes, parts.threads)
+    )
 
 
 def linear_params(kernel: str, node: Linear, lanes: int) -> list[Any]:
@@ -315,21 +322,29 @@ def linear_params(kernel: str, node: Linear, lanes: int) -> list[Any]:
     return [linear.pack_dense_linear(node.weight, lanes), node.bias]
 
 
-def move_function(
-    name: str,
-    source: View | PlainLayout,
-    target: View | PlainLayout,
-    batch: int,
-    threads: int,
-) -> tuple[Any, list[Any]]:
-    """A relayout and its tables."""
+def move(
+    parts: Parts, source: View | PlainLayout, target: View | PlainLayout, batch: int
+) -> tuple[str, list[Any]]:
+    """The name of a relayout's function, and its tables."""
+    threads = parts.threads
+    key = ("move", source, target, batch)
     if isinstance(target, View):
         layout = source.layout if isinstance(source, View) else source
-        function = relayout.to_lanes_prim_func(name, source, target, batch=batch, threads=threads)
-        return function, list(relayout.to_lanes_tables(layout, target.layout))
+        name = parts.function(
+            key,
+            "move",
+            lambda name: relayout.to_lanes_prim_func(
+                name, source, target, batch=batch, threads=threads
+            ),
+        )
+        return name, list(relayout.to_lanes_tables(layout, target.layout))
     assert isinstance(source, View)
-    function = relayout.from_lanes_prim_func(name, source, batch=batch, threads=threads)
-    return function, [relayout.from_lanes_table(source.layout)]
+    name = parts.function(
+        key,
+        "move",
+        lambda name: relayout.from_lanes_prim_func(name, source, batch=batch, threads=threads),
+    )
+    return name, [relayout.from_lanes_table(source.layout)]
 
 
 def _ref(name: str, view: View, batch: int) -> Ref:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from tvm import relax
 
@@ -16,8 +16,7 @@ from topiarist.compiler.choose import (
     linear_function,
     linear_params,
     linear_shape,
-    move_function,
-    workload_of,
+    move,
 )
 from topiarist.compiler.graph import (
     Activation,
@@ -35,52 +34,18 @@ from topiarist.compiler.graph import (
     View,
 )
 from topiarist.compiler.layouts import Place
+from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Call, Program, Ref
 from topiarist.errors import ModelError
 from topiarist.schedules.cpu import elementwise, pooling, relayout
 from topiarist.schedules.kernels import conv_kernel
 from topiarist.schedules.layout import PlainLayout
 from topiarist.schedules.layout import View as ChannelView
-from topiarist.schedules.workload import SparsitySignature
-from topiarist.targets.spec import TargetSpec
-
-ANY_SPARSITY = SparsitySignature(0.0, "any", (0, 0, 0))
 
 
-class Parts:
-    """Functions and packed weights made so far, by what determines them; programs share them."""
-
-    def __init__(self) -> None:
-        self.names: dict[Any, str] = {}
-        self.functions: dict[str, Any] = {}
-        self._constants: dict[Any, Sequence[NDArray[Any]]] = {}
-
-    def function(self, key: Any, label: str, make: Callable[[str], Any]) -> str:
-        """The name of the function for this key, made on first use."""
-        if key not in self.names:
-            name = f"{label}_{len(self.names)}"
-            self.functions[name] = make(name)
-            self.names[key] = name
-        return self.names[key]
-
-    def constants(
-        self, key: Any, make: Callable[[], Sequence[NDArray[Any]]]
-    ) -> Sequence[NDArray[Any]]:
-        """The arrays for this key, made on first use."""
-        if key not in self._constants:
-            self._constants[key] = make()
-        return self._constants[key]
-
-
-def lower(
-    graph: Graph,
-    plan: Plan,
-    target: TargetSpec,
-    threads: int,
-    parts: Parts | None = None,
-) -> Program:
+def lower(graph: Graph, plan: Plan, parts: Parts) -> Program:
     """Emit every layer, with the moves between layouts that its readers need."""
-    return _Lowering(graph, plan, target, threads, parts or Parts()).run()
+    return _Lowering(graph, plan, parts).run()
 
 
 def _bounds(activation: Activation | None) -> tuple[float | None, float | None]:
@@ -88,19 +53,11 @@ def _bounds(activation: Activation | None) -> tuple[float | None, float | None]:
 
 
 class _Lowering:
-    def __init__(
-        self,
-        graph: Graph,
-        plan: Plan,
-        target: TargetSpec,
-        threads: int,
-        parts: Parts,
-    ) -> None:
+    def __init__(self, graph: Graph, plan: Plan, parts: Parts) -> None:
         self.graph = graph
         self.plan = plan
-        self.target = target
-        self.threads = threads
         self.parts = parts
+        self.threads = parts.threads
         self.alias: dict[str, str] = {}  # value -> the value whose buffer it shares
         self.copied: set[str] = set()
         inputs = tuple(self._plain_ref(name) for name in graph.inputs)
@@ -130,8 +87,10 @@ class _Lowering:
         emitters[type(node)](node)
 
     def _function(self, key: Any, label: str, make: Callable[[str], Any]) -> str:
-        """The name of the function for this key, which the program now has."""
-        name = self.parts.function(key, label, make)
+        return self._use(self.parts.function(key, label, make))
+
+    def _use(self, name: str) -> str:
+        """Make the function part of the program."""
         self.program.functions[name] = self.parts.functions[name]
         return name
 
@@ -180,12 +139,8 @@ class _Lowering:
     def _move(self, value: str, to: Place) -> None:
         source = self.plan.layouts.places[value]
         batch = self._batch(value)
-        function, tables = move_function("move", source.view, to.view, batch, self.threads)
-        name = self._function(
-            ("move", source.view, to.view, batch),
-            "move",
-            lambda name: function.with_attr("global_symbol", name),
-        )
+        name, tables = move(self.parts, source.view, to.view, batch)
+        self._use(name)
         self._call(
             f"{value} to {to.view}", name, self._flat(source, value), *tables, self._flat(to, value)
         )
@@ -194,16 +149,9 @@ class _Lowering:
         choice = self.plan.choices[node.name].chosen
         assert choice.config is not None
         kernel, config = conv_kernel(choice.kernel), choice.config
-        workload = workload_of(node, self.graph)
+        workload = self.plan.workloads[node.name]
         views = conv_views(node, self.plan.layouts)
-        general = replace(workload, sparsity=ANY_SPARSITY)
-        h, k = workload.height, workload.kernel[0]
-        label = f"{kernel.name}_{workload.in_channels}x{h}_{workload.out_channels}_k{k}"
-        name = self._function(
-            (kernel.name, general, config, views),
-            label,
-            lambda name: kernel.prim_func(name, workload, config, views, self.threads),
-        )
+        name = self._use(self.parts.convolution(kernel, workload, config, views))
         (_, x), *residual = self._reads(node)
         packed = self.parts.constants(
             (node.name, kernel.name, config, views),
@@ -214,13 +162,9 @@ class _Lowering:
 
     def _linear(self, node: Linear) -> None:
         choice = self.plan.choices[node.name].chosen
-        batch, lanes = self._batch(node.inputs[0]), self.target.lanes
-        shape = linear_shape(node, batch)
-        name = self._function(
-            (choice.kernel, shape),
-            choice.kernel,
-            lambda name: linear_function(choice.kernel, name, shape, lanes, self.threads),
-        )
+        lanes = self.parts.target.lanes
+        shape = linear_shape(node, self._batch(node.inputs[0]))
+        name = self._use(linear_function(self.parts, choice.kernel, shape))
         params = self.parts.constants(
             (node.name, choice.kernel), lambda: linear_params(choice.kernel, node, lanes)
         )
@@ -413,15 +357,31 @@ class _Lowering:
     def _output(self, value: str) -> Ref:
         place = self.plan.layouts.places[value]
         shape, dtype = self.graph.values[value].shape, self.graph.values[value].dtype
+        buffer = f"{value}@output"
         if isinstance(place.view, PlainLayout):
             ref = Ref(self._buffer(place.buffer), shape, dtype)
             given = {r.buffer for r in self.program.inputs}
-            if ref.buffer not in given:
-                return ref
-            raise ModelError(f"the output {value} is an input unchanged; there is nothing to run")
-        buffer = f"{value}@output"
+            return self._copied(ref, buffer) if ref.buffer in given else ref
         self._move(value, Place(buffer, PlainLayout(shape)))
         return Ref(buffer, shape, dtype)
+
+    def _copied(self, ref: Ref, buffer: str) -> Ref:
+        """An output that is an input: the caller's memory is not ours to return."""
+        if ref.dtype != "float32":
+            raise ModelError(
+                f"The model returns its {ref.dtype} input {ref.buffer!r} unchanged, and topiarist "
+                "copies float32 only. Export the model without this output."
+            )
+        size = int(np.prod(ref.shape))
+        name = self._function(
+            ("copy", size),
+            "copy",
+            lambda name: elementwise.plain_affine_prim_func(
+                name, PlainLayout((1, size)), scaled=False, activation=(None, None)
+            ),
+        )
+        self._call(f"{ref.buffer} copied", name, replace(ref, shape=(size,)), Ref(buffer, (size,)))
+        return Ref(buffer, ref.shape)
 
 
 def _in_step(source: ChannelView | PlainLayout, to: ChannelView, strides: tuple[int, int]) -> bool:

@@ -19,6 +19,7 @@ from topiarist.compiler.frontend import import_model
 from topiarist.compiler.graph import Conv, Graph, Linear
 from topiarist.compiler.lower import lower
 from topiarist.compiler.memory import MemoryPlan, plan_memory
+from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Program
 from topiarist.compiler.simplify import simplify
 from topiarist.compiler.trial import settle
@@ -61,12 +62,12 @@ def compile_model(
     module = import_model(model, batch=batch)
     graph = simplify(extract_layers(module))
     report("import", 1, 1)
-    chooser = Chooser(graph, spec, threads, dense=dense, measure=measure, progress=report)
-    plans = chooser.plans()
+    parts = Parts(spec, threads)
+    plans = Chooser(graph, parts, dense=dense, measure=measure, progress=report).plans()
     if measure:
-        plan, program = settle(graph, plans, spec, threads, report)
+        plan, program = settle(graph, plans, parts, report)
     else:
-        plan, program = plans[0], lower(graph, plans[0], spec, threads)
+        plan, program = plans[0], lower(graph, plans[0], parts)
     memory = plan_memory(program)
     lowered = to_relax(program, memory)
     report("generate code", 0, 1)

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from topiarist.compiler.choose import Candidate, Choice, Plan, Progress
 from topiarist.compiler.graph import Graph
-from topiarist.compiler.lower import Parts, lower
+from topiarist.compiler.lower import lower
 from topiarist.compiler.memory import plan_memory
+from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Program
 from topiarist.compiler.runtime import ThreadPool
-from topiarist.targets.spec import TargetSpec
 
 FINALISTS = 4
 WITHIN = 1.4  # slower ones alone are not tried in the network
@@ -37,21 +37,19 @@ Seconds = NDArray[np.float64]
 def settle(
     graph: Graph,
     plans: list[Plan],
-    target: TargetSpec,
-    threads: int,
+    parts: Parts,
     progress: Progress,
 ) -> tuple[Plan, Program]:
     """The fastest plan with the fastest finalist of every layer, and its program."""
-    trial = _Trial(target, threads)
-    parts = Parts()
+    trial = _Trial(parts)
     tuned = []
     for i, plan in enumerate(plans):
         progress("try in the network", i, len(plans) + 1)
         variants = [_variant(plan, j) for j in range(_variants(plan))]
-        programs = [lower(graph, variant, target, threads, parts) for variant in variants]
+        programs = [lower(graph, variant, parts) for variant in variants]
         times = trial.compare(programs)
         best = _pick(plan, programs, times)
-        tuned.append((best, lower(graph, best, target, threads, parts)))
+        tuned.append((best, lower(graph, best, parts)))
     progress("try in the network", len(plans), len(plans) + 1)
     totals = [calls.sum() for calls in trial.compare([program for _, program in tuned])]
     winner = int(np.argmin(totals))
@@ -111,12 +109,11 @@ class _Runnable:
 
 
 class _Trial:
-    """Runs programs in turn; compiles each function once."""
+    """Runs programs in turn."""
 
-    def __init__(self, target: TargetSpec, threads: int) -> None:
-        self.target = tvm.target.Target(target.tvm_target)
-        self.pool = ThreadPool(threads)
-        self.compiled: dict[str, Callable[..., None]] = {}
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.pool = ThreadPool(parts.threads)
         self.constants: dict[int, tuple[Any, Any]] = {}  # id -> array, kept alive, and tensor
 
     def compare(self, programs: list[Program]) -> list[Seconds]:
@@ -138,7 +135,7 @@ class _Trial:
         return [np.median(np.stack(sample), axis=0) for sample in samples]
 
     def _runnable(self, program: Program) -> _Runnable:
-        self._compile(program)
+        compiled = self.parts.compiled(list(program.functions))
         memory = plan_memory(program)
         storages = [tvm.runtime.tensor(np.zeros(size, np.uint8)) for size in memory.sizes]
         params = [self._constant(array) for array in program.params]
@@ -158,7 +155,7 @@ class _Trial:
                 else:
                     storage = storages[memory.storage_of[arg.buffer]]
                     args.append(storage._create_view(arg.shape, arg.dtype))
-            calls.append((self.compiled[call.function], tuple(args)))
+            calls.append((compiled[call.function], tuple(args)))
         return _Runnable(calls, [storages, params, inputs])
 
     def _constant(self, array: NDArray[Any]) -> Any:
@@ -166,18 +163,6 @@ class _Trial:
         if id(array) not in self.constants:
             self.constants[id(array)] = array, tvm.runtime.tensor(array)
         return self.constants[id(array)][1]
-
-    def _compile(self, program: Program) -> None:
-        new = {
-            name: function
-            for name, function in program.functions.items()
-            if name not in self.compiled
-        }
-        if not new:
-            return
-        built = tvm.compile(tvm.IRModule(new), target=self.target)
-        library = built.mod if hasattr(built, "mod") else built
-        self.compiled.update({name: library[name] for name in new})
 
 
 def _run(runnable: _Runnable) -> Seconds:

@@ -1,0 +1,78 @@
+"""What candidates and programs share: TIR functions, their machine code, packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import tvm
+from numpy.typing import NDArray
+
+from topiarist.errors import BuildError
+from topiarist.schedules.cpu.direct import ConvViews, DirectConfig
+from topiarist.schedules.kernels import ConvKernel
+from topiarist.schedules.workload import ConvWorkload, SparsitySignature
+from topiarist.targets.spec import TargetSpec
+
+ANY_SPARSITY = SparsitySignature(0.0, "any", (0, 0, 0))
+
+
+class Parts:
+    """Everything made so far for one target and thread count, by what determines it."""
+
+    def __init__(self, target: TargetSpec, threads: int) -> None:
+        self.target = target
+        self.threads = threads
+        self.functions: dict[str, Any] = {}
+        self._names: dict[Any, str] = {}
+        self._constants: dict[Any, Sequence[NDArray[Any]]] = {}
+        self._compiled: dict[str, Callable[..., None]] = {}
+
+    def function(self, key: Any, label: str, make: Callable[[str], Any]) -> str:
+        """The name of the function for this key, made on first use."""
+        if key not in self._names:
+            name = f"{label}_{len(self._names)}"
+            self.functions[name] = make(name)
+            self._names[key] = name
+        return self._names[key]
+
+    def constants(
+        self, key: Any, make: Callable[[], Sequence[NDArray[Any]]]
+    ) -> Sequence[NDArray[Any]]:
+        """The arrays for this key, made on first use."""
+        if key not in self._constants:
+            self._constants[key] = make()
+        return self._constants[key]
+
+    def convolution(
+        self,
+        kernel: ConvKernel,
+        workload: ConvWorkload,
+        config: DirectConfig,
+        views: ConvViews,
+    ) -> str:
+        """The name of a convolution's function; layers that differ in zeros only share it."""
+        w = workload
+        label = f"{kernel.name}_{w.in_channels}x{w.height}_{w.out_channels}_k{w.kernel[0]}"
+        return self.function(
+            (kernel.name, replace(workload, sparsity=ANY_SPARSITY), config, views),
+            label,
+            lambda name: kernel.prim_func(name, workload, config, views, self.threads),
+        )
+
+    def compiled(self, names: Sequence[str]) -> Mapping[str, Callable[..., None]]:
+        """The functions ready to call on this machine. Raises BuildError."""
+        new = {name: self.functions[name] for name in names if name not in self._compiled}
+        if new:
+            try:
+                built = tvm.compile(
+                    tvm.IRModule(new), target=tvm.target.Target(self.target.tvm_target)
+                )
+            except (RuntimeError, ValueError, TypeError) as error:
+                raise BuildError(
+                    f"TVM could not build {', '.join(new)} for {self.target.name}: {error}"
+                ) from error
+            library = built.mod if hasattr(built, "mod") else built
+            self._compiled.update({name: library[name] for name in new})
+        return self._compiled
