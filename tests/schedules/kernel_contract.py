@@ -1,0 +1,314 @@
+"""What every convolution kernel has to do, whatever it is made of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.schedules import references
+from tests.schedules.building import (
+    TARGETS,
+    FloatArray,
+    check_written,
+    distinct_nans,
+    lane_splits,
+    pack_view,
+    part_of,
+    pixels_of,
+    random_image,
+    relative_error,
+    run_all,
+)
+from topiarist.schedules.cpu.direct import ConvViews, DirectConfig, refuses_views, required_halo
+from topiarist.schedules.cpu.space import tiles
+from topiarist.schedules.kernels import ConvKernel
+from topiarist.schedules.layout import Grid, Halo, LaneLayout, make_grid, whole
+from topiarist.schedules.workload import ConvWorkload, SparsitySignature, signature
+from topiarist.targets.spec import TargetSpec
+
+TOLERANCE = 1e-5
+RELU = (0.0, None)
+RELU6 = (0.0, 6.0)
+OTHERS = 2  # channels of somebody else before and after the part of a buffer that is used
+
+
+@dataclass(frozen=True)
+class ConvCase:
+    """A convolution, the buffers it works between, and what its weight looks like.
+
+    `split` picks how a vector's lanes are dealt out, `first` says that input and output are
+    parts of bigger buffers, `residual` is None, "operand" or "in_place".
+    """
+
+    channels: int = 12
+    outputs: int = 8
+    plane: tuple[int, int] = (13, 13)
+    kernel: tuple[int, int] = (3, 3)
+    strides: tuple[int, int] = (1, 1)
+    padding: Halo = (1, 1, 1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    batch: int = 1
+    threads: int = 1
+    activation: tuple[float | None, float | None] = (None, None)
+    residual: str | None = None
+    density: float = 0.3
+    empty_outputs: bool = False
+    empty_inputs: bool = False
+    split: int = 1
+    tiled_input: bool = False
+    tiled_output: bool = False
+    halo: Halo = (1, 1, 1, 1)
+    part: bool = False
+
+
+POINTWISE = ConvCase(kernel=(1, 1), padding=(0, 0, 0, 0))
+CASES = {
+    "density_0": ConvCase(density=0.0),
+    "density_0.05": ConvCase(density=0.05, activation=RELU),
+    "density_0.3": ConvCase(split=2),
+    "density_1": ConvCase(density=1.0, split=0),
+    "empty_outputs": ConvCase(empty_outputs=True, activation=RELU6),
+    "empty_inputs": ConvCase(empty_inputs=True),
+    "plane_5x7": ConvCase(plane=(5, 7), split=2),
+    "plane_1_wide": ConvCase(plane=(9, 1), halo=(2, 2, 2, 2)),
+    "plane_1_high": ConvCase(plane=(1, 9), split=2, halo=(0, 0, 0, 0)),
+    "plane_1x1": ConvCase(plane=(1, 1)),
+    "stride_2": ConvCase(strides=(2, 2), plane=(14, 14)),
+    "stride_2_odd": ConvCase(strides=(2, 2)),
+    "stride_3": ConvCase(strides=(3, 3), kernel=(5, 5), padding=(2, 2, 2, 2)),
+    "stride_2x1": ConvCase(strides=(2, 1), plane=(11, 6), halo=(0, 1, 2, 3)),
+    "stride_1x3": ConvCase(strides=(1, 3), kernel=(1, 3), padding=(0, 1, 0, 1), split=0),
+    "stride_beyond_kernel": ConvCase(strides=(3, 2), kernel=(1, 1), padding=(1, 1, 0, 0)),
+    "padding_asymmetric": ConvCase(padding=(0, 2, 1, 0), plane=(9, 8)),
+    "padding_none": ConvCase(padding=(0, 0, 0, 0)),
+    "padding_of_1x1": ConvCase(kernel=(1, 1), padding=(1, 0, 1, 2)),
+    "padding_beyond_sub_image": ConvCase(
+        plane=(7, 7), kernel=(5, 5), padding=(4, 4, 4, 4), split=2, halo=(3, 3, 3, 3)
+    ),
+    "dilation_2": ConvCase(dilation=(2, 2), padding=(2, 2, 2, 2)),
+    "dilation_1x3": ConvCase(dilation=(1, 3), padding=(1, 3, 1, 3), strides=(1, 2)),
+    "groups_2": ConvCase(groups=2, outputs=16),
+    "depthwise": ConvCase(groups=12, outputs=12, density=0.6),
+    "depthwise_times_4": ConvCase(groups=3, channels=3, outputs=12, density=0.6),
+    "kernel_1x3": ConvCase(kernel=(1, 3), padding=(0, 1, 0, 1)),
+    "kernel_5x5": ConvCase(kernel=(5, 5), padding=(2, 2, 2, 2), channels=5),
+    "odd_outputs": ConvCase(outputs=7),
+    "odd_outputs_threads": ConvCase(outputs=7, plane=(4, 4), residual="in_place", threads=2),
+    "odd_inputs": ConvCase(channels=7),
+    "many_inputs": ConvCase(channels=70, plane=(8, 8), density=0.1, activation=RELU),
+    "residual": ConvCase(residual="operand", activation=RELU),
+    "residual_pointwise": replace(
+        POINTWISE, residual="operand", tiled_input=True, tiled_output=True, part=True
+    ),
+    "in_place": ConvCase(residual="in_place", activation=RELU, part=True),
+    "in_place_tiled": replace(
+        POINTWISE, residual="in_place", tiled_output=True, batch=3, channels=70
+    ),
+    "relu6": ConvCase(activation=RELU6, density=1.0),
+    "batch_3": ConvCase(batch=3, part=True, plane=(6, 6)),
+    "threads": ConvCase(threads=2, residual="operand", part=True),
+    "threads_batch": ConvCase(threads=2, batch=3, groups=2, plane=(7, 7), halo=(2, 1, 0, 1)),
+    "threads_one_tile": ConvCase(threads=2, plane=(4, 4), outputs=32, residual="in_place"),
+    "part": ConvCase(part=True, halo=(3, 2, 1, 0)),
+    "part_tiled": replace(POINTWISE, part=True, tiled_input=True, tiled_output=True, batch=3),
+    "pointwise": POINTWISE,
+    "pointwise_to_tiled": replace(POINTWISE, tiled_output=True, split=2),
+    "pointwise_from_tiled": replace(POINTWISE, tiled_input=True, halo=(1, 0, 2, 1)),
+    "pointwise_stride_2": replace(POINTWISE, strides=(2, 2), tiled_output=True),
+    "pointwise_stride_2_tiled": replace(
+        POINTWISE, strides=(2, 2), tiled_input=True, tiled_output=True, plane=(14, 14)
+    ),
+    "to_tiled": ConvCase(tiled_output=True, part=True),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case for one vector width: what is computed, from what, between which buffers."""
+
+    workload: ConvWorkload
+    views: ConvViews
+    x: FloatArray
+    weight: FloatArray
+    bias: FloatArray
+    residual: FloatArray | None
+
+
+def make_problem(case: ConvCase, lanes: int) -> Problem:
+    """The case with random numbers."""
+    rng = np.random.default_rng(7)
+    weight = make_weight(case, rng)
+    workload = make_workload(case, weight)
+    x = random_image(rng, case.batch, case.channels, *case.plane)
+    bias = random_image(rng, case.outputs)
+    residual = None
+    if case.residual is not None:
+        extent = workload.out_height, workload.out_width
+        residual = random_image(rng, case.batch, case.outputs, *extent)
+    return Problem(workload, make_views(case, workload, lanes), x, weight, bias, residual)
+
+
+def make_weight(case: ConvCase, rng: np.random.Generator) -> FloatArray:
+    """A weight [O, C / groups, kh, kw] with zeros anywhere."""
+    shape = case.outputs, case.channels // case.groups, *case.kernel
+    weight = random_image(rng, *shape)
+    weight[rng.random(shape) >= case.density] = 0
+    if case.empty_outputs:
+        weight[:5] = 0
+    if case.empty_inputs:
+        weight[:, ::2] = 0
+    return weight
+
+
+def make_workload(case: ConvCase, weight: FloatArray) -> ConvWorkload:
+    """The case as a workload."""
+    return ConvWorkload(
+        batch=case.batch,
+        in_channels=case.channels,
+        height=case.plane[0],
+        width=case.plane[1],
+        out_channels=case.outputs,
+        kernel=case.kernel,
+        strides=case.strides,
+        padding=case.padding,
+        dilation=case.dilation,
+        groups=case.groups,
+        sparsity=signature(weight, "unstructured"),
+        activation=case.activation,
+        residual=case.residual is not None,
+    )
+
+
+def make_views(case: ConvCase, workload: ConvWorkload, lanes: int) -> ConvViews:
+    """The case's buffers."""
+    splits = lane_splits(lanes)
+    sy, sx = splits[case.split % len(splits)]
+    y_grid = make_grid(workload.out_height, workload.out_width, sy, sx)
+    rows, cols = y_grid.rows * case.strides[0], y_grid.cols * case.strides[1]
+    x_grid = Grid(*case.plane, sy, sx, rows, cols)
+    tile = tiles(y_grid, 14)[0]
+    x_tile = tile[0] * case.strides[0], tile[1] * case.strides[1]
+    x = lane_layout(case.channels, x_grid, x_tile, case.tiled_input, required_halo(workload))
+    y = lane_layout(case.outputs, y_grid, tile, case.tiled_output, case.halo)
+    residual = None
+    if case.residual == "operand":
+        residual = replace(y, halo=(0, 0, 0, 0) if y.tile else (0, 1, 1, 0))
+    around = (OTHERS, OTHERS + 1) if case.part else (0, 0)
+    return ConvViews(
+        part_of(x, *around),
+        part_of(y, *around),
+        None if residual is None else part_of(residual, *around),
+        case.residual == "in_place",
+    )
+
+
+def lane_layout(
+    channels: int, grid: Grid, tile: tuple[int, int], tiled: bool, halo: Halo
+) -> LaneLayout:
+    """A tiled or padded layout."""
+    return LaneLayout(channels, grid, (0, 0, 0, 0) if tiled else halo, tile if tiled else None)
+
+
+def y_before(problem: Problem) -> FloatArray:
+    """The output buffer before the call: NaN, but for a residual to add in place."""
+    view, batch = problem.views.y, problem.workload.batch
+    before = distinct_nans(batch * view.layout.size)
+    if problem.views.in_place:
+        assert problem.residual is not None
+        packed = pack_view(view, problem.residual).reshape(batch, -1)
+        before = np.where(pixels_of(view), packed, before.reshape(batch, -1)).ravel()
+    return before
+
+
+def arguments(
+    kernel: ConvKernel, problem: Problem, config: DirectConfig, threads: int
+) -> list[Any]:
+    """x, constants, bias, residual, y."""
+    w, views = problem.workload, problem.views
+    packed = kernel.pack(problem.weight, w, config, views, threads)
+    args = [pack_view(views.x, problem.x), *packed, problem.bias]
+    if views.residual is not None:
+        assert problem.residual is not None
+        args.append(pack_view(views.residual, problem.residual))
+    return [*args, y_before(problem)]
+
+
+def check(
+    kernel: ConvKernel,
+    problem: Problem,
+    configs: list[DirectConfig],
+    target: TargetSpec,
+    threads: int = 1,
+) -> None:
+    """Run the configurations and compare each with the reference."""
+    w, views = problem.workload, problem.views
+    named = {f"config_{i}": config for i, config in enumerate(configs)}
+    results = run_all(
+        {n: kernel.prim_func(n, w, config, views, threads) for n, config in named.items()},
+        target,
+        {n: arguments(kernel, problem, config, threads) for n, config in named.items()},
+    )
+    want = references.conv(w, problem.x, problem.weight, problem.bias, problem.residual)
+    before = y_before(problem)
+    for name, config in named.items():
+        got = check_written(views.y, before, results[name])
+        error = relative_error(got, want)
+        assert error < TOLERANCE, f"{kernel.name} {config}: relative error {error:.2g}"
+
+
+def sparse_enough(workload: ConvWorkload) -> ConvWorkload:
+    """The workload as if most weights were zero, so that only its shape can be refused."""
+    return replace(workload, sparsity=replace(workload.sparsity, density=0.1))
+
+
+def fitting(kernel: ConvKernel, problem: Problem, target: TargetSpec) -> list[DirectConfig]:
+    """The configurations that fit; skips what the kernel refuses for its shape."""
+    w, views = problem.workload, problem.views
+    why = kernel.refuses(sparse_enough(w), target)
+    if why is not None:
+        assert why.strip(), "a refusal without a reason"
+        pytest.skip(f"{kernel.name} refuses: {why}")
+    assert refuses_views(w, views) is None
+    found = [c for c in kernel.knobs(w, target, views) if kernel.fits(w, c, views)]
+    assert found, f"{kernel.name} accepts the layer but offers no configuration that fits"
+    return found
+
+
+def spread(configs: list[DirectConfig]) -> list[DirectConfig]:
+    """The first, the middle and the last."""
+    picked = (configs[0], configs[len(configs) // 2], configs[-1])
+    return list(dict.fromkeys(picked))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+class ConvKernelContract:
+    """Subclass it and parametrise `kernel`."""
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_agrees_with_the_reference(
+        self, kernel: ConvKernel, target: TargetSpec, name: str
+    ) -> None:
+        """Poison around the input and in the output must neither be read nor left behind."""
+        case = CASES[name]
+        problem = make_problem(case, target.lanes)
+        configs = spread(fitting(kernel, problem, target))
+        check(kernel, problem, configs, target, case.threads)
+
+    def test_known_result(self, kernel: ConvKernel, target: TargetSpec) -> None:
+        """1..9 under the kernel [[1, 0], [0, -1]]: each pixel minus its neighbour four on."""
+        case = ConvCase(
+            channels=1, outputs=4, plane=(3, 3), kernel=(2, 2), padding=(0, 0, 0, 0)
+        )
+        problem = make_problem(case, target.lanes)
+        weight = np.zeros_like(problem.weight)
+        weight[:, 0] = [[1, 0], [0, -1]]
+        x = np.arange(1, 10, dtype=np.float32).reshape(1, 1, 3, 3)
+        known = replace(problem, x=x, weight=weight, bias=np.zeros(4, np.float32))
+        want = references.conv(known.workload, x, weight, known.bias, None)
+        assert (want == -4).all()
+        check(kernel, known, fitting(kernel, known, target)[:1], target)
