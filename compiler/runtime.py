@@ -67,11 +67,23 @@ def load() -> Any:
 
 def load_main(library: Path) -> Callable[..., Any]:
     """The VM function `main` of an exported library. Raises RuntimeError if it can't be loaded."""
-    module = load().load_module(str(library.resolve()))
+    module = load().load_module(_spelled_for(library.resolve()))
     machine = module["vm_load_executable"]()
     machine["vm_initialization"](_CPU, _DEVICE, _POOLED_ALLOCATOR)
     main: Callable[..., Any] = machine["main"]
     return main
+
+
+def _spelled_for(library: Path) -> str:
+    """The path with its inode number spelled in slashes and dots: `a/lib.so` -> `a/.//./lib.so`.
+
+    The loader takes a library whose path it has loaded before for the same one, although the
+    bundle may have been replaced in the meantime.
+    """
+    digits = f"{library.stat().st_ino:b}"
+    return "".join(
+        [str(library.parent), *("/." if d == "1" else "/" for d in digits), "/", library.name]
+    )
 
 
 class ThreadPool:
