@@ -41,7 +41,7 @@ def settle(
     progress: Progress,
 ) -> tuple[Plan, Program]:
     """The fastest plan with the fastest finalist of every layer, and its program."""
-    trial = _Trial(parts)
+    trial = Trial(parts)
     tuned = []
     for i, plan in enumerate(plans):
         progress("try in the network", i, len(plans) + 1)
@@ -101,14 +101,14 @@ def _pick(plan: Plan, programs: list[Program], times: list[Seconds]) -> Plan:
 
 
 @dataclass(frozen=True)
-class _Runnable:
+class Runnable:
     """A program's calls with their arguments in memory; `held` keeps that memory alive."""
 
     calls: list[tuple[Callable[..., None], tuple[Any, ...]]]
     held: list[Any]
 
 
-class _Trial:
+class Trial:
     """Runs programs in turn."""
 
     def __init__(self, parts: Parts) -> None:
@@ -118,7 +118,7 @@ class _Trial:
 
     def compare(self, programs: list[Program]) -> list[Seconds]:
         """Median seconds of every call of each program, from interleaved runs."""
-        runnables = [self._runnable(program) for program in programs]
+        runnables = [self.prepare(program) for program in programs]
         samples: list[list[Seconds]] = [[] for _ in programs]
 
         def rounds() -> None:
@@ -134,7 +134,8 @@ class _Trial:
         self.pool.call(rounds)
         return [np.median(np.stack(sample), axis=0) for sample in samples]
 
-    def _runnable(self, program: Program) -> _Runnable:
+    def prepare(self, program: Program) -> Runnable:
+        """The program with its functions compiled and all of its buffers filled."""
         compiled = self.parts.compiled(list(program.functions))
         memory = plan_memory(program)
         storages = [tvm.runtime.tensor(np.zeros(size, np.uint8)) for size in memory.sizes]
@@ -156,7 +157,7 @@ class _Trial:
                     storage = storages[memory.storage_of[arg.buffer]]
                     args.append(storage._create_view(arg.shape, arg.dtype))
             calls.append((compiled[call.function], tuple(args)))
-        return _Runnable(calls, [storages, params, inputs])
+        return Runnable(calls, [storages, params, inputs])
 
     def _constant(self, array: NDArray[Any]) -> Any:
         """The array in aligned memory; programs that share an array share its copy."""
@@ -165,7 +166,7 @@ class _Trial:
         return self.constants[id(array)][1]
 
 
-def _run(runnable: _Runnable) -> Seconds:
+def _run(runnable: Runnable) -> Seconds:
     clock = time.perf_counter
     seconds = np.empty(len(runnable.calls))
     for i, (function, args) in enumerate(runnable.calls):

@@ -45,7 +45,7 @@ def run(question: str, cases: list[Case], opts: argparse.Namespace) -> None:
             results.append({"case": name, **_measure(make(), Path(tmp), opts)})
     console.print(_table(question, results))
     if opts.json:
-        opts.json.write_text(json.dumps({"question": question, **_setting(), "cases": results}))
+        opts.json.write_text(json.dumps({"question": question, **setting(), "cases": results}))
         console.print(f"Written to {opts.json}.")
 
 
@@ -77,7 +77,7 @@ def _compile(source: Path, bundle: Path, threads: int) -> float:
     return time.perf_counter() - start
 
 
-def _setting() -> dict[str, Any]:
+def setting() -> dict[str, Any]:
     """Machine, versions and commit."""
     return {
         "machine": {
