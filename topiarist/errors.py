@@ -23,3 +23,7 @@ class OutputError(TopiaristError):
 
 class BuildError(TopiaristError):
     """A kernel or a network failed to compile."""
+
+
+class TuningLogError(TopiaristError):
+    """A tuning log is missing or altered, or was written by a newer version."""

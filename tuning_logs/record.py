@@ -1,0 +1,367 @@
+"""A tuning record: one kernel with one configuration, timed between two layouts on one device.
+
+`MeasureInput` is what is measured and can be looked up before it is timed; `TuningRecord` adds
+what came out. Both hold plain values only and check them when they are made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from topiarist.errors import TuningLogError
+
+if TYPE_CHECKING:  # importing the kernels would import TVM, which reading a log doesn't need
+    from topiarist.schedules.cpu.direct import ConvViews, DirectConfig
+    from topiarist.schedules.kernels import ConvKernel
+    from topiarist.schedules.layout import View
+    from topiarist.schedules.workload import ConvWorkload
+    from topiarist.targets.spec import TargetSpec
+
+Status = Literal["ok", "build_error", "timeout", "wrong_result"]
+Measured = Literal["alone", "in network"]
+
+SCHEMA = 1
+STATUSES: tuple[Status, ...] = ("ok", "build_error", "timeout", "wrong_result")
+MEASURED: tuple[Measured, ...] = ("alone", "in network")
+PACKAGES = ("topiarist", "apache-tvm", "apache-tvm-ffi")  # whose versions a record names
+MESSAGE_LIMIT = 1000  # characters; of a longer message the end is kept, where compilers say why
+TEXT_LIMIT = 500
+DEPTH_LIMIT = 6  # of lists and objects inside `workload` and `config`
+MAX_SECONDS = 1e6
+FIRST_QUARTILE = 0.25  # steadier than the minimum, and less disturbed than the median
+
+_TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
+
+
+@dataclass(frozen=True)
+class TargetKey:
+    """The device as far as a kernel's time depends on it, with the number of threads used."""
+
+    family: str  # x86, arm, cuda
+    isa: str  # avx512, avx2, neon, ...
+    lanes: int
+    device_model: str  # "unknown" where the machine doesn't tell
+    threads: int
+
+    def __post_init__(self) -> None:
+        for name in ("family", "isa", "device_model"):
+            _check_text(name, getattr(self, name))
+        for name in ("lanes", "threads"):
+            _check_count(name, getattr(self, name))
+
+    @staticmethod
+    def of(spec: TargetSpec, threads: int) -> TargetKey:
+        """The key of a target; runs of blanks in the model's name count as one."""
+        model = " ".join(spec.device_model.split()) or "unknown"
+        return TargetKey(spec.family, spec.isa, spec.lanes, model, threads)
+
+    def __str__(self) -> str:
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{self.family}/{self.isa}/{self.lanes}/{self.device_model}/{threads}"
+
+
+def target_key(spec: TargetSpec, threads: int) -> str:
+    """The target as records are found by it: `x86/avx2/8/<CPU model>/2 threads`."""
+    return str(TargetKey.of(spec, threads))
+
+
+@dataclass(frozen=True)
+class MeasureInput:
+    """What is measured: a workload on a kernel with its knobs, between layouts, on a target.
+
+    `workload` and `config` are JSON objects. `residual_layout` is "none", "in place" or a layout.
+    `versions` has the `PACKAGES`. Raises ValueError naming a field that does not fit.
+    """
+
+    workload: Mapping[str, Any] = field(hash=False)
+    kernel: str
+    kernel_version: int
+    config: Mapping[str, Any] = field(hash=False)
+    input_layout: str
+    output_layout: str
+    residual_layout: str
+    target: TargetKey
+    versions: Mapping[str, str] = field(hash=False)
+
+    def __post_init__(self) -> None:
+        for name in ("workload", "config", "versions"):
+            value = getattr(self, name)
+            if not isinstance(value, dict):
+                raise ValueError(f"{name} is no JSON object")
+            object.__setattr__(self, name, dict(value))
+        for name in ("workload", "config"):
+            object.__setattr__(self, name, _plain(name, getattr(self, name)))
+        if not self.workload:
+            raise ValueError("workload is empty")
+        for name in ("kernel", *_LAYOUTS):
+            _check_text(name, getattr(self, name))
+        _check_count("kernel_version", self.kernel_version)
+        if self.versions.keys() != set(PACKAGES):
+            raise ValueError(f"versions does not name exactly {', '.join(PACKAGES)}")
+        for name, version in self.versions.items():
+            _check_text(f"version of {name}", version)
+
+    @staticmethod
+    def of_conv(
+        workload: ConvWorkload,
+        kernel: ConvKernel,
+        config: DirectConfig,
+        views: ConvViews,
+        target: TargetKey,
+        versions: Mapping[str, str],
+    ) -> MeasureInput:
+        """A convolution's candidate."""
+        residual = "in place" if views.in_place else "none"
+        return MeasureInput(
+            workload=workload.to_json(),
+            kernel=kernel.name,
+            kernel_version=kernel.version,
+            config=asdict(config),
+            input_layout=view_text(views.x),
+            output_layout=view_text(views.y),
+            residual_layout=residual if views.residual is None else view_text(views.residual),
+            target=target,
+            versions=versions,
+        )
+
+    @cached_property
+    def workload_key(self) -> str:
+        """A short hash of the workload's fields; `ConvWorkload.key` for a convolution."""
+        return _short_hash(json.dumps(self.workload, sort_keys=True))
+
+    @cached_property
+    def target_key(self) -> str:
+        """The target as one line of text."""
+        return str(self.target)
+
+    @property
+    def layouts(self) -> tuple[str, str, str]:
+        """Input, output and residual layout."""
+        return self.input_layout, self.output_layout, self.residual_layout
+
+    @cached_property
+    def key(self) -> str:
+        """A short hash of all that the time depends on; of the versions that is TVM's."""
+        parts = (
+            *(self.workload_key, self.kernel, self.kernel_version, self.config, self.layouts),
+            *(self.target_key, self.versions["apache-tvm"]),
+        )
+        return _short_hash(_encode(parts))
+
+
+def now() -> str:
+    """The time as records give it: UTC, ISO 8601, whole seconds."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclass(frozen=True)
+class TuningRecord:
+    """A measurement and its outcome: all repeats in seconds, or why there is no valid time.
+
+    `measured` tells a kernel timed alone from one inside a whole network. `message` is empty for
+    status ok and required otherwise. Raises ValueError naming a field that does not fit.
+    """
+
+    input: MeasureInput
+    seconds: tuple[float, ...] = ()
+    measured: Measured = "alone"
+    status: Status = "ok"
+    message: str = ""
+    timestamp: str = field(default_factory=now)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seconds", _seconds(self.seconds))
+        if self.measured not in MEASURED:
+            raise ValueError(f"measured is {self.measured!r}, not one of {', '.join(MEASURED)}")
+        if self.status not in STATUSES:
+            raise ValueError(f"status is {self.status!r}, not one of {', '.join(STATUSES)}")
+        if self.status == "ok" and not self.seconds:
+            raise ValueError("seconds is empty though status is ok")
+        if not isinstance(self.message, str) or (self.status == "ok") == bool(self.message):
+            raise ValueError(f"message {self.message!r:.80} does not go with status {self.status}")
+        text = self.message.encode("utf-8", "replace").decode()
+        object.__setattr__(self, "message", text[-MESSAGE_LIMIT:])
+        _check_timestamp(self.timestamp)
+
+    @property
+    def measurement_key(self) -> str:
+        """What identifies the measured thing: `MeasureInput.key`."""
+        return self.input.key
+
+    @cached_property
+    def id(self) -> str:
+        """A short hash of the whole content."""
+        return _short_hash(self.to_line())
+
+    @cached_property
+    def run_us(self) -> float:
+        """The first quartile of the repeats in microseconds, infinity without a valid time."""
+        if self.status != "ok":
+            return math.inf
+        ordered = sorted(self.seconds)
+        at = FIRST_QUARTILE * (len(ordered) - 1)
+        low = ordered[int(at)]
+        return (low + (ordered[math.ceil(at)] - low) * (at - int(at))) * 1e6
+
+    def to_line(self) -> str:
+        """One line of ASCII JSON with sorted keys, without the newline."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in _RESULT_FIELDS}
+        values |= {name: getattr(self.input, name) for name in _INPUT_FIELDS}
+        values["target"] = asdict(self.input.target)
+        return _encode(values | {"schema": SCHEMA, "workload_key": self.input.workload_key})
+
+    @staticmethod
+    def from_line(line: str | bytes) -> TuningRecord:
+        """The record of a line. Raises TuningLogError saying what is wrong with it."""
+        try:
+            values = parse(line)
+            _check_schema(values)
+            _check_names("the record", values, _LINE_FIELDS)
+            return _from_json(values)
+        except ValueError as error:
+            raise TuningLogError(str(error)) from error
+
+
+def view_text(view: View) -> str:
+    """A layout with the channels read of those stored: which of them doesn't change the time."""
+    return f"{view.layout} channels {view.count} of {view.layout.channels}"
+
+
+def parse(line: str | bytes) -> dict[str, Any]:
+    """The JSON object on a line. Raises ValueError on anything else, however hostile."""
+    try:
+        values = _DECODER.decode(line if isinstance(line, str) else line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"no UTF-8 at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON at column {error.colno}: {error.msg}") from error
+    except RecursionError as error:
+        raise ValueError("lists or objects are nested too deeply") from error
+    if not isinstance(values, dict):
+        raise ValueError("no JSON object")
+    return values
+
+
+def _from_json(values: dict[str, Any]) -> TuningRecord:
+    target, seconds = values["target"], values["seconds"]
+    if not isinstance(target, dict):
+        raise ValueError("target is no JSON object")
+    if not isinstance(seconds, list):
+        raise ValueError("seconds is no list")
+    _check_names("target", target, _TARGET_FIELDS)
+    rest = {name: values[name] for name in _INPUT_FIELDS}
+    what = MeasureInput(**rest, target=TargetKey(**target))
+    if values["workload_key"] != what.workload_key:
+        raise ValueError(f"workload_key is not {what.workload_key}, the hash of the workload")
+    results = {name: values[name] for name in _RESULT_FIELDS}
+    if isinstance(values["message"], str) and len(values["message"]) > MESSAGE_LIMIT:
+        raise ValueError(f"message has more than {MESSAGE_LIMIT} characters")
+    return TuningRecord(what, **results)
+
+
+def _check_schema(values: dict[str, Any]) -> None:
+    schema = values.get("schema")
+    if type(schema) is not int or schema < 1:
+        raise ValueError("schema is no positive whole number")
+    if schema > SCHEMA:
+        raise ValueError(f"schema {schema} is newer than {SCHEMA}; upgrade topiarist to read it")
+
+
+def _check_names(where: str, values: dict[str, Any], names: frozenset[str]) -> None:
+    missing, unknown = sorted(names - values.keys()), sorted(values.keys() - names)
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    if unknown:
+        raise ValueError(f"{where} has the unknown field {unknown[0]!r:.80}")
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not 0 < len(value) <= TEXT_LIMIT or not value.isprintable():
+        raise ValueError(f"{name} is {_short(value)}, not a line of text")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if type(value) is not int or not 0 < value < 2**31:
+        raise ValueError(f"{name} is {_short(value)}, not a positive whole number")
+
+
+def _check_timestamp(value: Any) -> None:
+    try:
+        if isinstance(value, str) and _TIMESTAMP.fullmatch(value):
+            datetime.fromisoformat(value)
+            return
+    except ValueError:
+        pass
+    raise ValueError(f"timestamp is {_short(value)}, not like 2026-01-31T12:00:00Z")
+
+
+def _seconds(values: Any) -> tuple[float, ...]:
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise ValueError("seconds is no list")
+    for value in values:
+        if type(value) not in (int, float) or not 0 < value <= MAX_SECONDS:
+            raise ValueError(f"seconds has {_short(value)}, not a positive number")
+    return tuple(map(float, values))
+
+
+def _plain(name: str, value: Any, depth: int = 0) -> Any:
+    """A copy in JSON's own types. Raises ValueError on what JSON can't hold exactly."""
+    kind = type(value)
+    if value is None or kind is bool:
+        return value
+    if (kind is int and abs(value) < 2**63) or (kind is float and math.isfinite(value)):
+        return value
+    if kind is str and len(value) <= TEXT_LIMIT and value.isprintable():
+        return value
+    if depth < DEPTH_LIMIT and kind in (list, tuple):
+        return [_plain(name, item, depth + 1) for item in value]
+    if depth < DEPTH_LIMIT and kind is dict:
+        for key in value:
+            _check_text(f"a name in {name}", key)
+        return {key: _plain(name, item, depth + 1) for key, item in value.items()}
+    raise ValueError(f"{name} has {_short(value)}, which a record can't hold")
+
+
+def _short(value: Any) -> str:
+    """A value for a message; a number too long to print, and a structure, by its type."""
+    if isinstance(value, str):
+        return f"{value[:60]!a}"
+    if type(value) in (int, float, bool, type(None)) and abs(value or 0) < 1e300:
+        return repr(value)
+    return f"a value of type {type(value).__name__}"
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a field occurs twice")
+    return values
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _names(kind: type) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(cast(Any, kind)))
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
+_LAYOUTS = ("input_layout", "output_layout", "residual_layout")
+_TARGET_FIELDS = frozenset(_names(TargetKey))
+_INPUT_FIELDS = tuple(name for name in _names(MeasureInput) if name != "target")
+_RESULT_FIELDS = tuple(name for name in _names(TuningRecord) if name != "input")
+_LINE_FIELDS = frozenset((*_INPUT_FIELDS, *_RESULT_FIELDS, "schema", "target", "workload_key"))
