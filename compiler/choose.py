@@ -30,7 +30,6 @@ from topiarist.targets.spec import TargetSpec
 
 Progress = Callable[[str, int, int], None]
 ASSIGNMENTS = 3
-SHORTLIST = 6  # configurations of a kernel that are timed
 FIRST_TRIES = 1
 HOPELESS = 1.6
 # Rough rates for estimates: a dense layer reads its weights once; a sparse one gathers inputs.
@@ -221,7 +220,7 @@ class Chooser:
         self, kernel: ConvKernel, workload: ConvWorkload, views: ConvViews
     ) -> list[DirectConfig]:
         """The configurations worth trying, most promising first."""
-        count = SHORTLIST if self.timer is not None else 1
+        count = kernel.tries if self.timer is not None else 1
         fitting = (
             config
             for config in kernel.knobs(workload, self.target, views)

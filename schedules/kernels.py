@@ -30,6 +30,7 @@ class ConvKernel(ABC):
     name: ClassVar[str]
     version: ClassVar[int] = 1
     sparse: ClassVar[bool]
+    tries: ClassVar[int] = 6  # configurations of `knobs` that are worth timing
 
     @abstractmethod
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
@@ -167,6 +168,7 @@ class DirectDense(ConvKernel):
 
     name = "direct_dense"
     sparse = False
+    tries = 8
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
         """Serves every convolution."""

@@ -167,12 +167,14 @@ class _Kernel:
 
     def splits(self) -> int:
         """Parts that the output channels are split into, so that every thread has work."""
-        blocks = self.group_out // self.config.out_block
+        blocks, rest = divmod(self.group_out, self.config.out_block)
+        if self.threads == 1 or rest:  # every part would compute the rest
+            return 1
         tasks = self.workload.batch * self.geometry.tiles[0] * self.geometry.tiles[1]
         splits = 1
         while tasks * splits < 2 * self.threads and blocks % (splits * 2) == 0:
             splits *= 2
-        return splits if self.threads > 1 else 1
+        return splits
 
     def tile_loop(self, body: Callable[[Any, Any, Any, Any], None]) -> None:
         """body(image, ty, tx, split), over threads when there are several."""

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass
 
-from topiarist.schedules.cpu.direct import DirectConfig
+from topiarist.schedules.cpu.direct import MAX_OFFSET, DirectConfig
 from topiarist.schedules.layout import Grid, LaneLayout
 from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets.spec import TargetSpec
@@ -17,6 +18,7 @@ from topiarist.targets.spec import TargetSpec
 CYCLES_PER_US = 3000.0  # a nominal clock, to state estimates in microseconds
 ROW_END_CYCLES = 18.0  # a mispredicted end of a row of nonzeros
 NONZERO_CYCLES = 2.0  # index, broadcast and address of one nonzero
+DENSE_MISS_CYCLES = 0.3  # per vector read in order: the prefetcher hides most of it
 SMALLEST_TILE = 2
 L1_SHARES = (0.5, 1, 6)  # what a block of input channels may fill
 
@@ -62,7 +64,9 @@ class Estimator:
             block = max(8, budget // per_channel)
             parts = max(1, round(channels / block))
             found.add(-(-channels // parts))
-        return sorted(b for b in found if b * self.x.channel_stride // self.y.grid.lanes < 1 << 16)
+        # The sparse form addresses a block's vectors with 16 bits.
+        most = max(1, MAX_OFFSET * self.y.grid.lanes // self.x.channel_stride)
+        return sorted({min(block, most) for block in found})
 
     def miss_factor(self, footprint: int) -> float:
         """How much slower reads are when they come from further away."""
@@ -99,16 +103,12 @@ class Estimator:
         blocks = w.out_channels / config.out_block
         taps = w.in_channels // w.groups * w.kernel[0] * w.kernel[1]
         fmas = vectors * config.out_block
-        loads = vectors + config.out_block
         # The latency of four cycles needs eight accumulators in flight.
-        cycles = max(fmas / 2, loads / 2, 4.0)
-        footprint = config.in_block * (
-            self.tile_bytes((config.rows, config.cols))
-            + config.out_block * w.kernel[0] * w.kernel[1] * 4
-        )
+        cycles = max(fmas / 2, (vectors + config.out_block) / 2, 4.0)
+        footprint = config.in_block * self.tile_bytes((config.rows, config.cols))
+        cycles += DENSE_MISS_CYCLES * vectors * (self.miss_factor(footprint) - 1)
         in_blocks = math.ceil(w.in_channels / w.groups / config.in_block)
-        factor = self.miss_factor(footprint)
-        return tiles_all * blocks * (taps * cycles * factor + in_blocks * 1.5 * fmas)
+        return tiles_all * blocks * (taps * cycles + in_blocks * 1.5 * fmas)
 
 
 def sparse_configs(
@@ -155,7 +155,19 @@ def dense_configs(
         for tile in tiles(y.grid, limit):
             for block in estimate.in_blocks(tile):
                 found.add(DirectConfig(*tile, out_block, _divisor(group_in, block)))
-    return sorted(found, key=lambda c: (estimate.dense_cycles(c), c.rows, c.cols))
+    ranked = sorted(found, key=lambda c: (estimate.dense_cycles(c), c.rows, c.cols))
+    return _mixed(ranked)
+
+
+def _mixed(ranked: list[DirectConfig]) -> list[DirectConfig]:
+    """At most two blockings of each tile first: tiles differ more than the estimate can tell."""
+    seen: Counter[tuple[int, int, int]] = Counter()
+    early, late = [], []
+    for config in ranked:
+        tile = (config.rows, config.cols, config.out_block)
+        (early if seen[tile] < 2 else late).append(config)
+        seen[tile] += 1
+    return early + late
 
 
 def _divisor(size: int, near: int) -> int:
