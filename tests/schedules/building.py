@@ -34,9 +34,7 @@ def run_all(
     functions: dict[str, Any], target: TargetSpec, calls: dict[str, list[NDArray[Any]]]
 ) -> dict[str, FloatArray]:
     """Build the functions as one module and call each; their last arguments afterwards."""
-    executable = tvm.compile(
-        tvm.IRModule(functions), target=tvm.target.Target(target.tvm_target)
-    )
+    executable = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(target.tvm_target))
     results = {}
     for name, arrays in calls.items():
         tensors = [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in arrays]

@@ -26,8 +26,8 @@ from tests.schedules.building import (
 from topiarist.schedules.cpu.direct import ConvViews, DirectConfig, refuses_views, required_halo
 from topiarist.schedules.cpu.space import tiles
 from topiarist.schedules.kernels import ConvKernel
-from topiarist.schedules.layout import Grid, Halo, LaneLayout, make_grid, whole
-from topiarist.schedules.workload import ConvWorkload, SparsitySignature, signature
+from topiarist.schedules.layout import Grid, Halo, LaneLayout, make_grid
+from topiarist.schedules.workload import ConvWorkload, signature
 from topiarist.targets.spec import TargetSpec
 
 TOLERANCE = 1e-5
@@ -281,8 +281,23 @@ def fitting(kernel: ConvKernel, problem: Problem, target: TargetSpec) -> list[Di
 
 def spread(configs: list[DirectConfig]) -> list[DirectConfig]:
     """The first, the middle and the last."""
-    picked = (configs[0], configs[len(configs) // 2], configs[-1])
-    return list(dict.fromkeys(picked))
+    return [configs[0], configs[len(configs) // 2], configs[-1]]
+
+
+def wide_problem(channels: int, lanes: int) -> Problem:
+    """So many input channels that they are far apart in memory; the last weight is not zero."""
+    sy, sx = lane_splits(lanes)[1]
+    case = ConvCase(channels=channels, outputs=4, plane=(6 * sy, 6 * sx), density=0.05)
+    problem = make_problem(case, lanes)
+    problem.weight[:, -1, -1, -1] = 1
+    return problem
+
+
+def addressable_channels(lanes: int) -> int:
+    """Input channels of a `wide_problem` whose vectors 16 bits can number."""
+    layout = wide_problem(4, lanes).views.x.layout
+    last_tap = 2 * layout.row_vectors + 2
+    return ((1 << 16) - 1 - last_tap) // (layout.channel_stride // lanes) + 1
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -293,17 +308,29 @@ class ConvKernelContract:
     def test_agrees_with_the_reference(
         self, kernel: ConvKernel, target: TargetSpec, name: str
     ) -> None:
-        """Poison around the input and in the output must neither be read nor left behind."""
-        case = CASES[name]
+        """Poison around the input and in the output is neither read nor left behind.
+
+        Over the three vector widths a case meets the first, the middle and the last configuration.
+        """
+        problem = make_problem(CASES[name], target.lanes)
+        turn = list(CASES).index(name) + lane_splits(target.lanes).index((target.lanes, 1))
+        config = spread(fitting(kernel, problem, target))[turn % 3]
+        check(kernel, problem, [config], target, CASES[name].threads)
+
+    @pytest.mark.parametrize("residual", [None, "in_place"])
+    @pytest.mark.parametrize("name", ["many_inputs", "in_place_tiled"])
+    def test_blocks_of_every_size(
+        self, kernel: ConvKernel, target: TargetSpec, name: str, residual: str | None
+    ) -> None:
+        """Also those that do not divide the channels, and with more threads than tiles."""
+        case = replace(CASES[name], outputs=20, plane=(4, 4), batch=1, residual=residual)
         problem = make_problem(case, target.lanes)
-        configs = spread(fitting(kernel, problem, target))
-        check(kernel, problem, configs, target, case.threads)
+        by_block = {c.out_block: c for c in fitting(kernel, problem, target)}
+        check(kernel, problem, list(by_block.values()), target, threads=2)
 
     def test_known_result(self, kernel: ConvKernel, target: TargetSpec) -> None:
         """1..9 under the kernel [[1, 0], [0, -1]]: each pixel minus its neighbour four on."""
-        case = ConvCase(
-            channels=1, outputs=4, plane=(3, 3), kernel=(2, 2), padding=(0, 0, 0, 0)
-        )
+        case = ConvCase(channels=1, outputs=4, plane=(3, 3), kernel=(2, 2), padding=(0, 0, 0, 0))
         problem = make_problem(case, target.lanes)
         weight = np.zeros_like(problem.weight)
         weight[:, 0] = [[1, 0], [0, -1]]
@@ -312,3 +339,88 @@ class ConvKernelContract:
         want = references.conv(known.workload, x, weight, known.bias, None)
         assert (want == -4).all()
         check(kernel, known, fitting(kernel, known, target)[:1], target)
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_packs_every_nonzero_once(
+        self, kernel: ConvKernel, target: TargetSpec, name: str
+    ) -> None:
+        """The constants hold the nonzeros of the weight; what else they hold is zero."""
+        problem = make_problem(CASES[name], target.lanes)
+        want = np.sort(problem.weight[problem.weight != 0])
+        for config in spread(fitting(kernel, problem, target)):
+            packed = kernel.pack(problem.weight, problem.workload, config, problem.views, 1)
+            values = np.concatenate([part for part in packed if part.dtype == np.float32])
+            assert np.array_equal(np.sort(values[values != 0]), want), config
+
+    @pytest.mark.parametrize("beyond", [0, 1])
+    def test_far_channels_are_reached_or_refused(
+        self, kernel: ConvKernel, target: TargetSpec, beyond: int
+    ) -> None:
+        """The last block of channels that 16 bits can address, and the first that they can't."""
+        channels = addressable_channels(target.lanes) + beyond
+        problem = wide_problem(channels, target.lanes)
+        config = replace(fitting(kernel, problem, target)[0], in_block=channels)
+        try:
+            check(kernel, problem, [config], target)
+        except ValueError as error:
+            assert beyond, "refused an offset that fits"
+            assert "16 bits" in str(error)
+
+    @pytest.mark.parametrize("kernel_size", [1, 3])
+    def test_large_planes_have_configurations(
+        self, kernel: ConvKernel, target: TargetSpec, kernel_size: int
+    ) -> None:
+        """64 channels of 224x224: all that is offered can be packed, however full the weight."""
+        pad = kernel_size // 2
+        case = ConvCase(
+            channels=64,
+            outputs=4,
+            plane=(224, 224),
+            kernel=(kernel_size, kernel_size),
+            padding=(pad, pad, pad, pad),
+        )
+        weight = np.ones((4, 64, kernel_size, kernel_size), np.float32)
+        workload = sparse_enough(make_workload(case, weight))
+        views = make_views(case, workload, target.lanes)
+        found = kernel.knobs(workload, target, views)
+        assert found
+        for config in spread(found):
+            kernel.pack(weight, workload, config, views, 1)
+
+    @pytest.mark.parametrize("name", ["density_0.3", "depthwise_times_4", "many_inputs"])
+    def test_knobs_are_ranked_by_estimate(
+        self, kernel: ConvKernel, target: TargetSpec, name: str
+    ) -> None:
+        """Positive microseconds, the best first, nothing twice."""
+        problem = make_problem(CASES[name], target.lanes)
+        w, views = problem.workload, problem.views
+        found = kernel.knobs(w, target, views)
+        estimates = [kernel.estimate_us(w, target, views, config) for config in found]
+        assert all(0 < us < math.inf for us in estimates)
+        assert estimates == sorted(estimates)
+        assert len(set(found)) == len(found)
+
+    def test_sparse_kernels_refuse_full_weights(
+        self, kernel: ConvKernel, target: TargetSpec
+    ) -> None:
+        """With the density as the reason."""
+        workload = make_problem(CASES["density_1"], target.lanes).workload
+        why = kernel.refuses(workload, target)
+        if kernel.sparse:
+            assert why is not None
+            assert "density 1.00" in why
+        else:
+            assert why is None
+
+    def test_tiles_that_do_not_divide_are_refused(
+        self, kernel: ConvKernel, target: TargetSpec
+    ) -> None:
+        """`fits` says so, and nothing is built."""
+        problem = make_problem(CASES["density_0.3"], target.lanes)
+        w, views = problem.workload, problem.views
+        config = replace(kernel.knobs(w, target, views)[0], rows=views.y.layout.grid.rows + 1)
+        assert not kernel.fits(w, config, views)
+        with pytest.raises(ValueError, match="does not fit"):
+            kernel.pack(problem.weight, w, config, views, 1)
+        with pytest.raises(ValueError, match="does not fit"):
+            kernel.prim_func("kernel", w, config, views, 1)
