@@ -162,7 +162,8 @@ def dense_configs(
 def _mixed(ranked: list[DirectConfig]) -> list[DirectConfig]:
     """At most two blockings of each tile first: tiles differ more than the estimate can tell."""
     seen: Counter[tuple[int, int, int]] = Counter()
-    early, late = [], []
+    early: list[DirectConfig] = []
+    late: list[DirectConfig] = []
     for config in ranked:
         tile = (config.rows, config.cols, config.out_block)
         (early if seen[tile] < 2 else late).append(config)
