@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from tests.models import Net, random_inputs, run_onnx, worst_error
 from topiarist.compiler.compiled import CompiledModel
 from topiarist.compiler.pipeline import compile_model
 from topiarist.compiler.session import Session
+from topiarist.errors import TargetError
+from topiarist.schedules.kernels import BlockSparse, ConvKernel, DirectSparse
 from topiarist.targets import registry
 from topiarist.targets.detect import runs_here
 
@@ -55,15 +58,12 @@ def opened(model: onnx.ModelProto, folder: Path, **options: Any) -> tuple[Compil
 
 
 def check(model: onnx.ModelProto, session: Session, seed: int = 1) -> None:
-    """One run agrees with ONNX Runtime."""
+    """A run agrees with ONNX Runtime, whatever an earlier one left in memory."""
     inputs = random_inputs(model, seed=seed)
-    assert worst_error(session.run(None, inputs), run_onnx(model, inputs)) < TOLERANCE
-
-
-def need(target: str) -> None:
-    reason = runs_here(registry.get(target))
-    if reason is not None:
-        pytest.skip(reason)
+    expected = run_onnx(model, inputs)
+    for poison in (np.nan, 1e30):
+        session.run(None, {name: np.full_like(a, poison) for name, a in inputs.items()})
+        assert worst_error(session.run(None, inputs), expected) < TOLERANCE
 
 
 def relu(net: Net, data: str) -> str:
@@ -402,9 +402,7 @@ def resize(net: Net) -> tuple[str, ...]:
     x = net.conv(net.input(1, 4, 6, 6), 8, 4)
     scales = net.constant(np.array([1, 1, 2, 2], np.float32))
     mode = {"mode": "nearest", "nearest_mode": "floor"}
-    x = net.node(
-        "Resize", x, "", scales, coordinate_transformation_mode="asymmetric", **mode
-    )
+    x = net.node("Resize", x, "", scales, coordinate_transformation_mode="asymmetric", **mode)
     return (net.conv(x, 8, 8),)
 
 
@@ -460,9 +458,12 @@ def an_output_given_twice(net: Net) -> tuple[str, ...]:
 
 
 @case
-def an_input_of_integers_for_an_output(net: Net) -> tuple[str, ...]:
-    x = net.input(1, 4, 10, 10)
-    return net.conv(x, 8, 4), net.node("ReduceMean", x, axes=[1], keepdims=0)
+def an_output_that_is_a_view(net: Net) -> tuple[str, ...]:
+    y = net.conv(net.input(1, 4, 10, 10), 8, 4)
+    flat = net.node(
+        "Reshape", net.node("ReduceMean", y, axes=[1]), net.constant(np.array([1, 100]))
+    )
+    return flat, net.conv(relu(net, y), 8, 8)
 
 
 @case
@@ -475,12 +476,158 @@ def batch_of_three(net: Net) -> tuple[str, ...]:
     return net.node("Gemm", flat, net.weight(10, 16), net.weight(10), transB=1), x
 
 
+# A few that together have every kernel, in-place writes and moves between layouts.
+TYPICAL = (
+    "strides",
+    "dilation",
+    "depthwise",
+    "one_output_pixel_with_padding",
+    "squeeze_and_excite",
+    "nested_concats",
+    "residual_chain",
+    "a_strided_shortcut",
+    "max_pool_of_negative_values",
+    "ceil_mode",
+    "channel_shuffle",
+    "fully_connected",
+    "batch_of_three",
+)
+ALL = [
+    pytest.param(name, marks=() if name in TYPICAL else pytest.mark.slow, id=name) for name in CASES
+]
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_sparse_and_dense(name: str, tmp_path: Path) -> None:
-    """By estimate for this machine, twice: with the sparse kernels and without."""
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+def test_by_estimate(name: str, dense: bool, tmp_path: Path) -> None:
+    model = build_model(CASES[name])
+    compiled, session = opened(model, tmp_path, dense=dense)
+    check(model, session)
+    if dense:
+        assert not any("sparse" in layer.kernel for layer in compiled.layers)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("target", ["x86-avx512", "x86-avx2", "x86-sse4"])
+def test_each_target(name: str, target: str, tmp_path: Path) -> None:
+    spec = registry.get(target)
+    if reason := runs_here(spec):
+        pytest.skip(reason)
+    model = build_model(CASES[name])
+    compiled, session = opened(model, tmp_path, target=spec)
+    assert compiled.target == spec
+    check(model, session)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("kernel", [DirectSparse, BlockSparse])
+def test_each_sparse_kernel(
+    name: str, kernel: type[ConvKernel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel takes every layer that it doesn't refuse."""
+    monkeypatch.setattr(kernel, "estimate_us", lambda *_: 0.0)
+    model = build_model(CASES[name])
+    compiled, session = opened(model, tmp_path)
+    convs = [layer for layer in compiled.layers if layer.kind == "conv"]
+    assert all(layer.kernel == kernel.name or kernel.name in layer.reason for layer in convs)
+    check(model, session)
+
+
+@pytest.mark.parametrize("name", ["strides", "nested_concats", "batch_of_three"])
+def test_two_threads(name: str, tmp_path: Path) -> None:
+    model = build_model(CASES[name])
+    _, session = opened(model, tmp_path, threads=2)
+    assert session.threads == 2
+    check(model, session)
+
+
+def test_batch_override(tmp_path: Path) -> None:
+    net = Net()
+    x = relu(net, net.conv(net.input("n", 4, 9, 9), 8, 4))
+    model = sparsified(net.model(net.node("Add", net.conv(x, 8, 8), x)))
+    _, session = opened(model, tmp_path, batch=2)
+    assert session.inputs[0].shape == (2, 4, 9, 9)
+    inputs = random_inputs(model, batch=6)
+    assert worst_error(session.run(None, inputs), run_onnx(model, inputs)) < TOLERANCE
+
+
+def test_dense_weights(tmp_path: Path) -> None:
+    """Nothing pruned: the sparse kernels refuse, with the reason."""
+    model = build_model(residual_chain, density=1.0)
+    compiled, session = opened(model, tmp_path)
+    check(model, session)
+    assert {layer.kernel for layer in compiled.layers} == {"direct_dense"}
+    assert all("density 1.00 is above" in layer.reason for layer in compiled.layers)
+
+
+@pytest.mark.parametrize("name", ["residual_chain", "nested_concats", "strided_pointwise"])
+def test_runs_do_not_depend_on_each_other(name: str, tmp_path: Path) -> None:
     model = build_model(CASES[name])
     _, session = opened(model, tmp_path)
+    one, other = (random_inputs(model, seed=seed) for seed in (1, 2))
+    first = session.run(None, one)
+    second = session.run(None, other)
+    for inputs, expected in ((one, first), (other, second), (one, first)):
+        for found, wanted in zip(session.run(None, inputs), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+    assert any(not np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_two_sessions_of_one_bundle(tmp_path: Path) -> None:
+    model = build_model(residual_chain)
+    _, one = opened(model, tmp_path)
+    other = Session(tmp_path / "model.topi")
+    check(model, one, seed=1)
+    check(model, other, seed=2)
+    check(model, one, seed=3)
+
+
+def test_a_replaced_bundle_is_loaded_anew(tmp_path: Path) -> None:
+    """The loader knows libraries by their paths, and this path has a new library."""
+    _, old = opened(build_model(strides), tmp_path)
+    model = build_model(fire)
+    _, new = opened(model, tmp_path)
+    check(model, new)
+    check(build_model(strides), old)
+
+
+def test_measured(tmp_path: Path) -> None:
+    """Every layer says what was timed, a dense kernel among it, and why the fastest was taken."""
+    net = Net()
+    x = relu(net, net.conv(net.input(1, 3, 12, 12), 8, 3, name="first"))
+    x = net.node("Add", net.conv(x, 8, 8, name="second"), x)
+    flat = net.node("Flatten", net.node("GlobalAveragePool", x))
+    model = net.model(
+        net.node("Gemm", flat, net.weight(10, 8), net.weight(10), name="last", transB=1)
+    )
+    model = sparsified(model)
+    stages = []
+    compiled, session = opened(
+        model, tmp_path, measure=True, progress=lambda stage, *_: stages.append(stage)
+    )
     check(model, session)
-    compiled, session = opened(model, tmp_path, dense=True)
-    check(model, session)
-    assert not any("sparse" in layer.kernel for layer in compiled.layers)
+    assert [layer.layer for layer in compiled.layers] == ["first", "second", "last"]
+    for layer in compiled.layers:
+        assert layer.run_us is not None and layer.run_us > 0
+        assert layer.reason and "estimate" not in layer.reason
+        assert any("dense" in name for name, _ in layer.candidates)
+        assert any("sparse" in name for name, _ in layer.candidates)
+    assert stages[0] == "import"
+
+
+def test_stages_are_dumped(tmp_path: Path) -> None:
+    opened(build_model(fire), tmp_path, dump_dir=tmp_path / "dump")
+    found = sorted(path.name for path in (tmp_path / "dump").iterdir())
+    assert [name[0] for name in found] == ["1", "2", "3", "4", "5"]
+    assert all((tmp_path / "dump" / name).stat().st_size for name in found)
+
+
+def test_timing_needs_a_target_that_runs_here(tmp_path: Path) -> None:
+    spec = dataclasses.replace(registry.get("x86-avx2"), required_features=("avx1024",))
+    with pytest.raises(TargetError, match=r"avx1024.*--no-measure"):
+        opened(build_model(fire), tmp_path, target=spec, measure=True)
+
+
+def test_wrong_threads(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        opened(build_model(fire), tmp_path, threads=0)
