@@ -17,9 +17,10 @@ import numpy as np
 from topiarist.compiler.graph import Conv, Graph, Linear
 from topiarist.compiler.lattice import MOVED_VALUES_PER_US, assign_lattices, find_levels
 from topiarist.compiler.layouts import LayoutPlan, LayoutPlanner, Place
-from topiarist.compiler.measure import Timer, typical
+from topiarist.compiler.measure import Timer
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Ref
+from topiarist.compiler.runtime import versions
 from topiarist.pruning.patterns import find_pattern
 from topiarist.schedules.cpu import linear, relayout
 from topiarist.schedules.cpu.direct import ConvViews, DirectConfig, refuses_views
@@ -27,6 +28,8 @@ from topiarist.schedules.kernels import CONV_KERNELS, MAX_SPARSE_DENSITY, ConvKe
 from topiarist.schedules.layout import PlainLayout, View
 from topiarist.schedules.workload import ConvWorkload, signature
 from topiarist.targets.spec import TargetSpec
+from topiarist.tuning_logs.record import MeasureInput, TargetKey, TuningRecord, typical_us
+from topiarist.tuning_logs.store import TuningLog
 
 Progress = Callable[[str, int, int], None]
 ASSIGNMENTS = 3
@@ -144,6 +147,7 @@ class Chooser:
         *,
         dense: bool,
         measure: bool,
+        log: TuningLog | None = None,
         progress: Progress,
     ) -> None:
         self.graph = graph
@@ -153,6 +157,8 @@ class Chooser:
         self.dense = dense
         self.progress = progress
         self.timer = Timer(parts.threads) if measure else None
+        self.log = log
+        self._new_records: list[TuningRecord] = []
         self.workloads = {
             node.name: workload_of(node, graph) for node in graph.nodes if isinstance(node, Conv)
         }
@@ -207,8 +213,14 @@ class Chooser:
                 if i >= FIRST_TRIES and self._hopeless(kernel, timed):
                     break
                 timed.append(self._candidate(kernel, config, node, workload, views))
+        self._save_records()
         timed.sort(key=lambda candidate: candidate.run_us)
         return Choice(timed[0], tuple(timed), tuple(refusals))
+
+    def _save_records(self) -> None:
+        if self.log is not None:
+            self.log.append(self._new_records)
+        self._new_records.clear()
 
     @staticmethod
     def _hopeless(kernel: ConvKernel, timed: list[Candidate]) -> bool:
@@ -239,17 +251,25 @@ class Chooser:
         if self.timer is None:
             us = kernel.estimate_us(workload, self.target, views, config)
             return Candidate(kernel.name, config, us, measured=False)
+        measured = MeasureInput.of_conv(
+            workload, kernel, config, views, TargetKey.of(self.target, self.threads), versions()
+        )
+        known = None if self.log is None else self.log.lookup(measured.key)
+        if known is not None and known.status == "ok":
+            return Candidate(kernel.name, config, known.run_us)
         packed = kernel.pack(node.weight, workload, config, views, self.threads)
         name = self.parts.convolution(kernel, workload, config, views)
         args: list[Any] = [_ref("x", views.x, workload.batch), *packed, node.bias]
         if views.residual is not None:
             args.append(_ref("residual", views.residual, workload.batch))
         args.append(_ref("y", views.y, workload.batch))
-        return Candidate(kernel.name, config, self._time(name, args))
+        record = TuningRecord(measured, self._seconds(name, args))
+        self._new_records.append(record)
+        return Candidate(kernel.name, config, record.run_us)
 
-    def _time(self, name: str, args: list[Any]) -> float:
+    def _seconds(self, name: str, args: list[Any]) -> tuple[float, ...]:
         assert self.timer is not None
-        return typical(self.timer.times_us(self.parts.compiled([name])[name], args))
+        return self.timer.seconds(self.parts.compiled([name])[name], args)
 
     def _move_us(self, layouts: LayoutPlan, value: str, to: Place) -> float:
         source = layouts.places[value].view
@@ -260,7 +280,7 @@ class Chooser:
         if key not in self._moves:
             name, tables = move(self.parts, source, to.view, batch)
             args = [_any_ref("x", source, batch), *tables, _any_ref("y", to.view, batch)]
-            self._moves[key] = self._time(name, args)
+            self._moves[key] = typical_us(self._seconds(name, args))
         return self._moves[key]
 
     def _linears(self) -> dict[str, Choice]:
@@ -287,7 +307,7 @@ class Chooser:
                 continue
             name = linear_function(self.parts, kernel, shape)
             args = [x, *linear_params(kernel, node, lanes), y]
-            timed.append(Candidate(kernel, None, self._time(name, args)))
+            timed.append(Candidate(kernel, None, typical_us(self._seconds(name, args))))
         timed.sort(key=lambda candidate: candidate.run_us)
         return Choice(timed[0], tuple(timed), tuple(refusals))
 

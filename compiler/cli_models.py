@@ -181,6 +181,9 @@ def compile_(
     measure: Annotated[
         bool, typer.Option(help="Time kernels here, or choose by estimate: fast, less good.")
     ] = True,
+    log: Annotated[
+        Path | None, typer.Option(help="Tuning log: reuse its timings, and add the new ones.")
+    ] = None,
     dump_dir: Annotated[
         Path | None, typer.Option(help="Write the state after each stage to this folder.")
     ] = None,
@@ -204,6 +207,7 @@ def compile_(
             batch=batch,
             dense=dense,
             measure=measure,
+            log=log,
             dump_dir=dump_dir,
             progress=progress,
         )

@@ -14,8 +14,7 @@ from topiarist.compiler.program import Ref
 from topiarist.compiler.runtime import ThreadPool
 
 REPEATS = 7
-SLICE_US = 1500.0  # least time of one repeat
-FIRST_QUARTILE = 0.25  # steadier than the minimum, and less disturbed than the median
+SLICE_S = 0.0015  # least time of one repeat
 
 Clock = Callable[[], float]
 
@@ -29,15 +28,15 @@ class Timer:
         self.random = np.random.default_rng(0)
         self._tensors: dict[Ref, Any] = {}
 
-    def times_us(
+    def seconds(
         self, function: Callable[..., None], args: Sequence[Ref | NDArray[Any]]
     ) -> tuple[float, ...]:
-        """Microseconds of a call, repeated; buffers are filled with random values once."""
+        """Seconds of a call, repeated; buffers are filled with random values once."""
         tensors = [self._tensor(arg) for arg in args]
 
         def repeats() -> tuple[float, ...]:
             function(*tensors)
-            number = max(1, int(SLICE_US / max(self._time(function, tensors, 1), 0.1)))
+            number = max(1, int(SLICE_S / max(self._time(function, tensors, 1), 1e-7)))
             return tuple(self._time(function, tensors, number) for _ in range(REPEATS))
 
         return self.pool.call(repeats)
@@ -46,7 +45,7 @@ class Timer:
         start = self.clock()
         for _ in range(number):
             function(*tensors)
-        return (self.clock() - start) / number * 1e6
+        return (self.clock() - start) / number
 
     def _tensor(self, arg: Ref | NDArray[Any]) -> Any:
         if not isinstance(arg, Ref):
@@ -55,8 +54,3 @@ class Timer:
             data = self.random.uniform(0.0, 1.0, arg.shape).astype(arg.dtype)
             self._tensors[arg] = tvm.runtime.tensor(data)
         return self._tensors[arg]
-
-
-def typical(times_us: Sequence[float]) -> float:
-    """The time that repeats stand for."""
-    return float(np.quantile(np.asarray(times_us), FIRST_QUARTILE))

@@ -27,6 +27,7 @@ from topiarist.errors import TargetError
 from topiarist.targets import registry
 from topiarist.targets.detect import runs_here
 from topiarist.targets.spec import TargetSpec
+from topiarist.tuning_logs.store import TuningLog
 
 Progress = Callable[[str, int, int], None]
 
@@ -40,6 +41,7 @@ def compile_model(
     batch: int | None = None,
     dense: bool = False,
     measure: bool = True,
+    log: Path | None = None,
     dump_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> CompiledModel:
@@ -63,7 +65,9 @@ def compile_model(
     graph = simplify(extract_layers(module))
     report("import", 1, 1)
     parts = Parts(spec, threads)
-    plans = Chooser(graph, parts, dense=dense, measure=measure, progress=report).plans()
+    records = None if log is None else TuningLog(log)
+    chooser = Chooser(graph, parts, dense=dense, measure=measure, log=records, progress=report)
+    plans = chooser.plans()
     if measure:
         plan, program = settle(graph, plans, parts, report)
     else:

@@ -204,12 +204,7 @@ class TuningRecord:
     @cached_property
     def run_us(self) -> float:
         """The first quartile of the repeats in microseconds, infinity without a valid time."""
-        if self.status != "ok":
-            return math.inf
-        ordered = sorted(self.seconds)
-        at = FIRST_QUARTILE * (len(ordered) - 1)
-        low = ordered[int(at)]
-        return (low + (ordered[math.ceil(at)] - low) * (at - int(at))) * 1e6
+        return typical_us(self.seconds) if self.status == "ok" else math.inf
 
     def to_line(self) -> str:
         """One line of ASCII JSON with sorted keys, without the newline."""
@@ -228,6 +223,14 @@ class TuningRecord:
             return _from_json(values)
         except ValueError as error:
             raise TuningLogError(str(error)) from error
+
+
+def typical_us(seconds: Sequence[float]) -> float:
+    """The time in microseconds that repeats stand for: their first quartile."""
+    ordered = sorted(seconds)
+    at = FIRST_QUARTILE * (len(ordered) - 1)
+    low = ordered[int(at)]
+    return (low + (ordered[math.ceil(at)] - low) * (at - int(at))) * 1e6
 
 
 def view_text(view: View) -> str:
