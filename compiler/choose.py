@@ -27,6 +27,7 @@ from topiarist.schedules.cpu.direct import ConvViews, DirectConfig, refuses_view
 from topiarist.schedules.kernels import CONV_KERNELS, MAX_SPARSE_DENSITY, ConvKernel
 from topiarist.schedules.layout import PlainLayout, View
 from topiarist.schedules.workload import ConvWorkload, signature
+from topiarist.targets.detect import detect
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.record import MeasureInput, TargetKey, TuningRecord, typical_us
 from topiarist.tuning_logs.store import TuningLog
@@ -158,7 +159,12 @@ class Chooser:
         self.progress = progress
         self.timer = Timer(parts.threads) if measure else None
         self.log = log
-        self._new_records: list[TuningRecord] = []
+        # Times are of this device, whatever profile the code is built for.
+        here = (
+            replace(parts.target, device_model=detect().device_model) if measure else parts.target
+        )
+        self._device = TargetKey.of(here, parts.threads)
+        self._versions = versions()
         self.workloads = {
             node.name: workload_of(node, graph) for node in graph.nodes if isinstance(node, Conv)
         }
@@ -213,14 +219,8 @@ class Chooser:
                 if i >= FIRST_TRIES and self._hopeless(kernel, timed):
                     break
                 timed.append(self._candidate(kernel, config, node, workload, views))
-        self._save_records()
         timed.sort(key=lambda candidate: candidate.run_us)
         return Choice(timed[0], tuple(timed), tuple(refusals))
-
-    def _save_records(self) -> None:
-        if self.log is not None:
-            self.log.append(self._new_records)
-        self._new_records.clear()
 
     @staticmethod
     def _hopeless(kernel: ConvKernel, timed: list[Candidate]) -> bool:
@@ -252,7 +252,7 @@ class Chooser:
             us = kernel.estimate_us(workload, self.target, views, config)
             return Candidate(kernel.name, config, us, measured=False)
         measured = MeasureInput.of_conv(
-            workload, kernel, config, views, TargetKey.of(self.target, self.threads), versions()
+            workload, kernel, config, views, self._device, self._versions
         )
         known = None if self.log is None else self.log.lookup(measured.key)
         if known is not None and known.status == "ok":
@@ -264,7 +264,8 @@ class Chooser:
             args.append(_ref("residual", views.residual, workload.batch))
         args.append(_ref("y", views.y, workload.batch))
         record = TuningRecord(measured, self._seconds(name, args))
-        self._new_records.append(record)
+        if self.log is not None:
+            self.log.append([record])
         return Candidate(kernel.name, config, record.run_us)
 
     def _seconds(self, name: str, args: list[Any]) -> tuple[float, ...]:
@@ -289,7 +290,6 @@ class Chooser:
 
     def _linear(self, node: Linear) -> Choice:
         batch, inputs = self.graph.values[node.inputs[0]].shape
-        shape = linear_shape(node, batch)
         shape = linear_shape(node, batch)
         lanes = self.target.lanes
         density = float(np.count_nonzero(node.weight)) / node.weight.size
