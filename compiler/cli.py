@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from topiarist.compiler import cli_bundles, cli_models, cli_targets
-from topiarist.compiler.cli_output import INTERRUPTED, Debug, Settings, complain, say
+from topiarist.compiler.cli_output import (
+    INTERRUPTED,
+    Debug,
+    Settings,
+    complain,
+    say,
+    watch_interrupts,
+)
 
 app = typer.Typer(
     name="topiarist",
@@ -50,6 +57,7 @@ def options(
 
 def main() -> None:
     """The entry point of the command `topiarist`."""
+    watch_interrupts()
     try:
         app()
     except KeyboardInterrupt:

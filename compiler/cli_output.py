@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,9 +30,20 @@ _Args = ParamSpec("_Args")
 
 
 class Settings:
-    """Options given before the command's name."""
+    """Options given before the command's name, and whether Ctrl-C was pressed."""
 
     debug = False
+    interrupted = False
+
+
+def watch_interrupts() -> None:
+    """Remember Ctrl-C: TVM makes an error of its own of an exception in the middle of its work."""
+
+    def interrupt(*_: object) -> None:
+        Settings.interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def command(function: Callable[_Args, None]) -> Callable[_Args, None]:
@@ -47,6 +59,9 @@ def command(function: Callable[_Args, None]) -> Callable[_Args, None]:
         except (typer.Exit, BrokenPipeError):
             raise  # without its reader, Typer ends the program quietly
         except Exception as error:
+            if Settings.interrupted:
+                complain("interrupted")
+                raise typer.Exit(INTERRUPTED) from None
             if Settings.debug or kwargs.get("debug"):
                 raise
             complain(f"error: {_message(error)}")
@@ -88,20 +103,29 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
 
 
 @contextmanager
-def progress_bar(shown: bool) -> Iterator[ProgressCall | None]:
-    """A callback `(stage, done, total)` that draws on stderr; None where nobody would see it."""
+def progress_bar(shown: bool) -> Iterator[ProgressCall]:
+    """A callback `(stage, done, total)` that draws on stderr where somebody sees it.
+
+    It raises KeyboardInterrupt if an earlier one was lost.
+    """
     console = Console(stderr=True)
     if not shown or not console.is_terminal:
-        yield None
+        yield lambda stage, done, total: _stop_if_interrupted()
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
 
         def update(stage: str, done: int, total: int) -> None:
+            _stop_if_interrupted()
             bar.update(task, description=stage, completed=done, total=total)
 
         yield update
+
+
+def _stop_if_interrupted() -> None:
+    if Settings.interrupted:
+        raise KeyboardInterrupt
 
 
 def percent(share: float | None) -> str:
