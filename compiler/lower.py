@@ -380,7 +380,7 @@ class _Lowering:
                 name, PlainLayout((1, size)), scaled=False, activation=(None, None)
             ),
         )
-        self._call(f"{ref.buffer} copied", name, replace(ref, shape=(size,)), Ref(buffer, (size,)))
+        self._call(f"{ref.buffer} copied", name, Ref(ref.buffer, (size,)), Ref(buffer, (size,)))
         return Ref(buffer, ref.shape)
 
 
