@@ -13,13 +13,14 @@ from topiarist.compiler.cli_output import (
     Debug,
     Json,
     command,
+    complain,
     percent,
     print_json,
     print_table,
     progress_bar,
     say,
 )
-from topiarist.errors import OutputError
+from topiarist.errors import ModelError, OutputError
 from topiarist.targets import registry
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from topiarist.compiler.analysis import LayerReport
     from topiarist.compiler.compiled import CompiledModel
+    from topiarist.compiler.estimate import LayerEstimate
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The ONNX model.")]
 Target = Annotated[str, typer.Option("--target", "-t", help="A target's name; host: this machine.")]
@@ -39,23 +41,54 @@ def inspect(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show each layer's density and pattern, and how much faster pruning could make the network."""
+    """Show each layer's density, and what pruning gains it: a bound, and by estimate."""
     from topiarist.compiler.analysis import analyse
+    from topiarist.compiler.estimate import estimate_layers
     from topiarist.compiler.frontend import load_onnx
 
     spec = registry.get(target)
-    layers = analyse(load_onnx(model))
-    total = _total(layers)
+    loaded = load_onnx(model)
+    layers = analyse(loaded)
+    estimates: dict[str, LayerEstimate] = {}
+    problem = None
+    try:
+        estimates = estimate_layers(loaded, spec)
+    except ModelError as error:
+        problem = str(error)
+    total = _total(layers) | _total_estimate(estimates)
     if as_json:
-        reports = [layer.to_json() for layer in layers]
-        print_json({"model": str(model), "target": spec.name, "layers": reports, "total": total})
+        reports = [
+            layer.to_json() | {"estimate": _json(estimates.get(layer.layer))} for layer in layers
+        ]
+        document = {"model": str(model), "target": spec.name, "layers": reports, "total": total}
+        print_json(document | {"problem": problem})
         return
     print_table(
         ["layer", "kind", "weight", "output", "density", "pattern", "dead filters", "MFLOP",
-         "nonzero", "note"],
-        [_inspect_row(layer) for layer in layers],
+         "nonzero", "dense us*", "best us*", "kernel*", "note"],
+        [_inspect_row(layer, estimates.get(layer.layer)) for layer in layers],
     )  # fmt: skip
     say(_ceiling_text(total))
+    if estimates:
+        dense, best = total["estimated_dense_us"], total["estimated_best_us"]
+        say(
+            f"* an estimate for {spec.name}, one core, nothing was timed: "
+            f"{dense / 1e3:.2f} ms dense, {best / 1e3:.2f} ms at best"
+        )
+    if problem is not None:
+        complain(f"this model can't be compiled: {problem}")
+
+
+def _json(estimate: LayerEstimate | None) -> dict[str, Any] | None:
+    return None if estimate is None else estimate.to_json()
+
+
+def _total_estimate(estimates: dict[str, LayerEstimate]) -> dict[str, Any]:
+    found = estimates.values()
+    return {
+        "estimated_dense_us": sum(e.dense_us for e in found) if estimates else None,
+        "estimated_best_us": sum(e.best_us for e in found) if estimates else None,
+    }
 
 
 def _total(layers: list[LayerReport]) -> dict[str, Any]:
@@ -70,7 +103,12 @@ def _total(layers: list[LayerReport]) -> dict[str, Any]:
     }
 
 
-def _inspect_row(layer: LayerReport) -> list[object]:
+def _inspect_row(layer: LayerReport, estimate: LayerEstimate | None) -> list[object]:
+    times = ["-", "-", "-"]
+    notes = [layer.note]
+    if estimate is not None:
+        times = [f"{estimate.dense_us:.0f}", f"{estimate.best_us:.0f}", estimate.kernel]
+        notes += estimate.refusals
     return [
         layer.layer,
         layer.kind,
@@ -81,7 +119,8 @@ def _inspect_row(layer: LayerReport) -> list[object]:
         layer.dead_filters,
         f"{layer.flops_dense / 1e6:.1f}",
         f"{layer.flops_nonzero / 1e6:.1f}",
-        layer.note,
+        *times,
+        "; ".join(note for note in notes if note),
     ]
 
 
