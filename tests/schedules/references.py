@@ -50,7 +50,7 @@ def conv(
             np.split(seen, w.groups, axis=1), np.split(weight, w.groups), strict=True
         )
     ]
-    result = np.concatenate(parts, axis=1) + bias[:, None, None]
+    result: Array = np.concatenate(parts, axis=1) + bias[:, None, None].astype(np.float64)
     if residual is not None:
         result = result + residual
     return clamp(result, w.activation)

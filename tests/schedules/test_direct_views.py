@@ -51,7 +51,8 @@ def test_taps_need_a_padded_input() -> None:
 @pytest.mark.parametrize("side", range(4))
 def test_taps_need_all_of_their_halo(side: int) -> None:
     views = views_of("kernel_5x5")
-    halo = tuple(1 if i == side else 2 for i in range(4))
+    top, left, bottom, right = (1 if i == side else 2 for i in range(4))
+    halo = top, left, bottom, right
     layout = replace(views.x.layout, halo=halo)
     assert f"halo {halo}, needs (2, 2, 2, 2)" in reason("kernel_5x5", with_input(views, layout))
 
