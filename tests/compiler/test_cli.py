@@ -102,7 +102,13 @@ def test_inspect(conv_model: Path) -> None:
     assert document["target"] == "x86-avx2"
     assert [layer["layer"] for layer in document["layers"]] == ["conv0", "conv1", "conv2"]
     assert document["total"]["ceiling"] == pytest.approx(1.0)
-    assert "at most 1.00x" in call("inspect", conv_model).stdout
+    first = document["layers"][0]["estimate"]
+    assert first["eligible"] is False and first["kernel"] == "direct_dense"
+    assert any("density 1.00 is above" in refusal for refusal in first["refusals"])
+    assert 0 < first["best_us"] <= first["dense_us"]
+    assert document["total"]["estimated_best_us"] > 0 and document["problem"] is None
+    text = call("inspect", conv_model).stdout
+    assert "at most 1.00x" in text and "an estimate for host" in text
 
 
 def test_prune(conv_model: Path, tmp_path: Path) -> None:
