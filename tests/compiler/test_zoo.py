@@ -20,7 +20,7 @@ from topiarist.pruning.one_shot import prune_model
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 TOLERANCE = 1e-4
 IMAGES = 64
-QUICK = {"shufflenet", "squeezenet"}
+QUICK = {"inception_v1", "resnet50", "shufflenet", "squeezenet"}
 PRUNED = {"densenet121", "resnet50", "squeezenet"}  # the others stay dense
 Array = NDArray[Any]
 
