@@ -34,8 +34,8 @@ from topiarist.tuning_logs.store import TuningLog
 
 Progress = Callable[[str, int, int], None]
 ASSIGNMENTS = 3
-FIRST_TRIES = 1
-HOPELESS = 1.6
+FIRST_TRIES = 2  # of a kernel that then lies HOPELESS times behind
+HOPELESS = 2.0
 # Rough rates for estimates: a dense layer reads its weights once; a sparse one gathers inputs.
 LINEAR_WEIGHTS_PER_US = 4000.0
 SPARSE_LINEAR_RATE = 0.4
@@ -215,7 +215,10 @@ class Chooser:
             if refusal is not None:
                 refusals.append(f"{kernel.name}: {refusal}")
                 continue
-            for i, config in enumerate(self._shortlist(kernel, workload, views)):
+            shortlist = self._shortlist(kernel, workload, views)
+            if not shortlist:
+                refusals.append(f"{kernel.name}: no configuration fits {views.x.layout}")
+            for i, config in enumerate(shortlist):
                 if i >= FIRST_TRIES and self._hopeless(kernel, timed):
                     break
                 timed.append(self._candidate(kernel, config, node, workload, views))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
+
+MAX_SUM = 16  # vectors of one expression: TVM's passes recurse over it
 
 from topiarist.schedules.cpu import emit
 from topiarist.schedules.layout import LaneLayout, View
@@ -37,6 +42,7 @@ def pool_prim_func(
         for ky in range(kernel[0])
         for kx in range(kernel[1])
     ]
+    combine: Callable[[Any, Any], Any] = T.max if mode == "max" else operator.add
     with emit.prim_func(name) as builder:
         x = emit.argument("x", batch * a.size)
         scale = None
@@ -49,13 +55,16 @@ def pool_prim_func(
             y_base = image * b.size + y_view.base + channel * b.channel_stride
             with T.serial(0, b.grid.rows) as yi, T.serial(0, b.grid.cols) as xi:
                 at = x_base + a.offset(yi * strides[0], xi * strides[1])
-                value = x[emit.ramp(at + taps[0], lanes)]
-                for tap in taps[1:]:
-                    read = x[emit.ramp(at + tap, lanes)]
-                    value = T.max(value, read) if mode == "max" else value + read
+                to = emit.ramp(y_base + b.offset(yi, xi), lanes)
+                for first in range(0, len(taps), MAX_SUM):
+                    value = y[to] if first else None
+                    for tap in taps[first : first + MAX_SUM]:
+                        read = x[emit.ramp(at + tap, lanes)]
+                        value = read if value is None else combine(value, read)
+                    T.buffer_store(y, value, [to])
                 if scale is not None:
-                    value = value * scale[emit.ramp((yi * b.grid.cols + xi) * lanes, lanes)]
-                T.buffer_store(y, value, [emit.ramp(y_base + b.offset(yi, xi), lanes)])
+                    factor = scale[emit.ramp((yi * b.grid.cols + xi) * lanes, lanes)]
+                    T.buffer_store(y, y[to] * factor, [to])
         emit.write_halo(y, y_view, batch, threads)
     return builder.get()
 
@@ -97,25 +106,64 @@ def global_average_prim_func(name: str, x_view: View, *, batch: int, threads: in
     """f(x, y): the mean over the picture; y is [N, C] row-major."""
     layout, grid = x_view.layout, x_view.layout.grid
     lanes = grid.lanes
-    masks = _masks(layout)
+    runs = _sum_runs(layout)
     with emit.prim_func(name) as builder:
         x = emit.argument("x", batch * layout.size)
         y = emit.argument("y", batch * x_view.count)
         with emit.loop(batch * x_view.count, threads) as p:
             image, channel = p // x_view.count, p % x_view.count
             base = image * layout.size + x_view.base + channel * layout.channel_stride
-            total = None
-            zero = emit.splat(0.0, lanes)
-            for (row, col), mask in masks.items():
-                value = x[emit.ramp(base + int(layout.offset(row, col)), lanes)]
-                if not mask.all():
-                    pick = [lane if mask[lane] else lanes for lane in range(lanes)]
-                    value = tirx.Shuffle([value, zero], pick)
-                total = value if total is None else total + value
-            summed = T.bind(total)
-            scale = T.float32(1.0 / (grid.height * grid.width))
-            T.buffer_store(y, _horizontal_sum(summed, lanes) * scale, [p])
+            T.buffer_store(y, T.float32(0), [p])
+            for run in runs:
+                with T.serial(0, run.rows) as r:
+                    total = None
+                    for row, col in run.vectors:
+                        at = base + layout.offset(run.first + r + row, col)
+                        value = _masked(x[emit.ramp(at, lanes)], run.masks[row, col])
+                        total = value if total is None else total + value
+                    T.buffer_store(y, y[p] + _horizontal_sum(T.bind(total), lanes), [p])
+            T.buffer_store(y, y[p] * T.float32(1.0 / (grid.height * grid.width)), [p])
     return builder.get()
+
+
+@dataclass(frozen=True)
+class _SumRun:
+    """`rows` repetitions, from row `first` on, of a sum over `vectors` (row, col) from there."""
+
+    first: int
+    rows: int
+    vectors: tuple[tuple[int, int], ...]
+    masks: dict[tuple[int, int], NDArray[np.bool_]]
+
+
+def _sum_runs(layout: LaneLayout) -> list[_SumRun]:
+    """All vectors with a pixel: at once where they are few, else rows with equal masks in loops."""
+    masks = _masks(layout)
+    if len(masks) <= MAX_SUM:
+        return [_SumRun(0, 1, tuple(masks), masks)]
+    runs: list[_SumRun] = []
+    for row in range(layout.grid.rows):
+        cols = [col for r, col in masks if r == row]
+        for start in range(0, len(cols), MAX_SUM):
+            part = tuple((0, col) for col in cols[start : start + MAX_SUM])
+            here = {(0, col): masks[row, col] for _, col in part}
+            for i, run in enumerate(runs):
+                same = run.vectors == part and run.first + run.rows == row
+                if same and all((run.masks[v] == here[v]).all() for v in part):
+                    runs[i] = replace(run, rows=run.rows + 1)
+                    break
+            else:
+                runs.append(_SumRun(row, 1, part, here))
+    return runs
+
+
+def _masked(vector: Any, mask: NDArray[np.bool_]) -> Any:
+    """The vector with zeros where the mask is false."""
+    lanes = len(mask)
+    if mask.all():
+        return vector
+    pick = [lane if mask[lane] else lanes for lane in range(lanes)]
+    return tirx.Shuffle([vector, emit.splat(0.0, lanes)], pick)
 
 
 def _masks(layout: LaneLayout) -> dict[tuple[int, int], NDArray[np.bool_]]:

@@ -54,19 +54,22 @@ class Estimator:
             spans = [max(a, b) for a, b in zip(spans, self.x.tile, strict=True)]
         return spans[0] * spans[1] * lanes * 4
 
-    def in_blocks(self, tile: tuple[int, int]) -> list[int]:
-        """Blocks of input channels whose reads fill a part of the caches."""
+    def in_blocks(self, tile: tuple[int, int], limit: int | None = None) -> list[int]:
+        """Blocks of input channels, at most `limit`, whose reads fill a part of the caches."""
         channels = self.workload.in_channels // self.workload.groups
+        most = channels if limit is None else min(channels, limit)
         per_channel = self.tile_bytes(tile)
-        found = {channels}
+        found = {most} if most else set()
         for share in L1_SHARES:
-            budget = int(share * self.target.l1d_bytes)
-            block = max(8, budget // per_channel)
+            block = max(8, int(share * self.target.l1d_bytes) // per_channel)
             parts = max(1, round(channels / block))
             found.add(-(-channels // parts))
-        # The sparse form addresses a block's vectors with 16 bits.
-        most = max(1, MAX_OFFSET * self.y.grid.lanes // self.x.channel_stride)
-        return sorted({min(block, most) for block in found})
+        return sorted(block for block in found if block <= most)
+
+    @property
+    def addressable_channels(self) -> int:
+        """Input channels of a block whose offsets fit 16 bits."""
+        return MAX_OFFSET // (self.x.channel_stride // self.x.grid.lanes)
 
     def miss_factor(self, footprint: int) -> float:
         """How much slower reads are when they come from further away."""
@@ -121,7 +124,7 @@ def sparse_configs(
         DirectConfig(*tile, 1, block)
         for tile in tiles(y.grid, limit)
         if tile[0] * tile[1] >= min(SMALLEST_TILE, y.grid.rows * y.grid.cols)
-        for block in estimate.in_blocks(tile)
+        for block in estimate.in_blocks(tile, estimate.addressable_channels)
     ]
     return sorted(found, key=estimate.sparse_cycles)
 
@@ -135,7 +138,7 @@ def block_configs(
     found = [
         DirectConfig(*tile, block, in_block)
         for tile in tiles(y.grid, limit)
-        for in_block in estimate.in_blocks(tile)
+        for in_block in estimate.in_blocks(tile, estimate.addressable_channels)
     ]
     return sorted(found, key=estimate.sparse_cycles)
 
