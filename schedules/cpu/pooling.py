@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-MAX_SUM = 16  # vectors of one expression: TVM's passes recurse over it
-
 from topiarist.schedules.cpu import emit
 from topiarist.schedules.layout import LaneLayout, View
+
+MAX_SUM = 16  # vectors of one expression: TVM's passes recurse over it
 
 
 def pool_prim_func(
