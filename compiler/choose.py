@@ -21,10 +21,12 @@ from topiarist.compiler.measure import Timer
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Ref
 from topiarist.compiler.runtime import versions
+from topiarist.errors import BuildError
 from topiarist.pruning.patterns import find_pattern
 from topiarist.schedules.cpu import linear, relayout
-from topiarist.schedules.cpu.direct import ConvViews, DirectConfig, refuses_views
-from topiarist.schedules.kernels import CONV_KERNELS, MAX_SPARSE_DENSITY, ConvKernel
+from topiarist.schedules.cpu.kernels import MAX_SPARSE_DENSITY
+from topiarist.schedules.kernel import ConvKernel, ConvViews, KernelConfig
+from topiarist.schedules.kernels import CONV_KERNELS
 from topiarist.schedules.layout import PlainLayout, View
 from topiarist.schedules.workload import ConvWorkload, signature
 from topiarist.targets.detect import detect
@@ -49,15 +51,12 @@ class Candidate:
     """
 
     kernel: str
-    config: DirectConfig | None
+    config: KernelConfig | None
     run_us: float
     measured: bool = True
 
     def __str__(self) -> str:
-        if self.config is None:
-            return self.kernel
-        c = self.config
-        return f"{self.kernel} {c.rows}x{c.cols}x{c.out_block}/{c.in_block}"
+        return self.kernel if self.config is None else f"{self.kernel} {self.config}"
 
 
 @dataclass(frozen=True)
@@ -204,8 +203,6 @@ class Chooser:
         return self._convs[key]
 
     def _contest(self, node: Conv, workload: ConvWorkload, views: ConvViews) -> Choice:
-        why = refuses_views(workload, views)
-        assert why is None, f"{node.name}: {why}"
         timed: list[Candidate] = []
         refusals = []
         for kernel in CONV_KERNELS:
@@ -222,18 +219,20 @@ class Chooser:
                 if i >= FIRST_TRIES and self._hopeless(kernel, timed):
                     break
                 timed.append(self._candidate(kernel, config, node, workload, views))
+        if not timed:
+            raise BuildError(f"{node.name}: no kernel serves the layer; {'; '.join(refusals)}")
         timed.sort(key=lambda candidate: candidate.run_us)
         return Choice(timed[0], tuple(timed), tuple(refusals))
 
     @staticmethod
-    def _hopeless(kernel: ConvKernel, timed: list[Candidate]) -> bool:
+    def _hopeless(kernel: ConvKernel[Any], timed: list[Candidate]) -> bool:
         """Whether the kernel's first tries lie so far behind that no knob will mend it."""
         own = min(c.run_us for c in timed if c.kernel == kernel.name)
         return own > HOPELESS * min(c.run_us for c in timed)
 
     def _shortlist(
-        self, kernel: ConvKernel, workload: ConvWorkload, views: ConvViews
-    ) -> list[DirectConfig]:
+        self, kernel: ConvKernel[Any], workload: ConvWorkload, views: ConvViews
+    ) -> list[KernelConfig]:
         """The configurations worth trying, most promising first."""
         count = kernel.tries if self.timer is not None else 1
         fitting = (
@@ -245,8 +244,8 @@ class Chooser:
 
     def _candidate(
         self,
-        kernel: ConvKernel,
-        config: DirectConfig,
+        kernel: ConvKernel[Any],
+        config: KernelConfig,
         node: Conv,
         workload: ConvWorkload,
         views: ConvViews,

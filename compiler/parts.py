@@ -10,8 +10,7 @@ import tvm
 from numpy.typing import NDArray
 
 from topiarist.errors import BuildError
-from topiarist.schedules.cpu.direct import ConvViews, DirectConfig
-from topiarist.schedules.kernels import ConvKernel
+from topiarist.schedules.kernel import ConvKernel, ConvViews, KernelConfig
 from topiarist.schedules.workload import ConvWorkload, SparsitySignature
 from topiarist.targets.spec import TargetSpec
 
@@ -47,9 +46,9 @@ class Parts:
 
     def convolution(
         self,
-        kernel: ConvKernel,
+        kernel: ConvKernel[Any],
         workload: ConvWorkload,
-        config: DirectConfig,
+        config: KernelConfig,
         views: ConvViews,
     ) -> str:
         """The name of a convolution's function; layers that differ in zeros only share it."""

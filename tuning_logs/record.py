@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from topiarist.errors import TuningLogError
 
 if TYPE_CHECKING:  # importing the kernels would import TVM, which reading a log doesn't need
-    from topiarist.schedules.cpu.direct import ConvViews, DirectConfig
-    from topiarist.schedules.kernels import ConvKernel
+    from topiarist.schedules.kernel import ConvKernel, ConvViews, KernelConfig
     from topiarist.schedules.layout import View
     from topiarist.schedules.workload import ConvWorkload
     from topiarist.targets.spec import TargetSpec
@@ -112,8 +111,8 @@ class MeasureInput:
     @staticmethod
     def of_conv(
         workload: ConvWorkload,
-        kernel: ConvKernel,
-        config: DirectConfig,
+        kernel: ConvKernel[Any],
+        config: KernelConfig,
         views: ConvViews,
         target: TargetKey,
         versions: Mapping[str, str],

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from tvm.script.ir_builder import tirx as T
 
 from topiarist.schedules.cpu import emit
-from topiarist.schedules.layout import LaneLayout, TileAddress, View, tile_address
+from topiarist.schedules.kernel import ConvViews, KernelConfig
+from topiarist.schedules.layout import LaneLayout, TileAddress, tile_address
 from topiarist.schedules.workload import ConvWorkload
 
 FloatArray = NDArray[np.float32]
@@ -26,7 +27,7 @@ MAX_OFFSET = 1 << 16
 
 
 @dataclass(frozen=True)
-class DirectConfig:
+class DirectConfig(KernelConfig):
     """The knobs: vectors of a tile, output channels of a tile, input channels of a block."""
 
     rows: int
@@ -34,15 +35,8 @@ class DirectConfig:
     out_block: int
     in_block: int
 
-
-@dataclass(frozen=True)
-class ConvViews:
-    """Where a convolution reads and writes; `in_place` adds to what `y` holds already."""
-
-    x: View
-    y: View
-    residual: View | None = None
-    in_place: bool = False
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.cols}x{self.out_block}/{self.in_block}"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from topiarist.compiler.compiled import CompiledModel
 from topiarist.compiler.pipeline import compile_model
 from topiarist.compiler.session import Session
 from topiarist.errors import TargetError
-from topiarist.schedules.kernels import BlockSparse, ConvKernel, DirectSparse
+from topiarist.schedules.cpu.kernels import BlockSparse, DirectSparse
+from topiarist.schedules.kernel import ConvKernel
 from topiarist.targets import registry
 from topiarist.targets.detect import runs_here
 

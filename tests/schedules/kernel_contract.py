@@ -23,9 +23,9 @@ from tests.schedules.building import (
     relative_error,
     run_all,
 )
-from topiarist.schedules.cpu.direct import ConvViews, DirectConfig, refuses_views, required_halo
+from topiarist.schedules.cpu.direct import DirectConfig, refuses_views, required_halo
 from topiarist.schedules.cpu.space import tiles
-from topiarist.schedules.kernels import ConvKernel
+from topiarist.schedules.kernel import ConvKernel, ConvViews
 from topiarist.schedules.layout import Grid, Halo, LaneLayout, make_grid
 from topiarist.schedules.workload import ConvWorkload, signature
 from topiarist.targets.spec import TargetSpec

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from tests.schedules.kernel_contract import CASES, ConvCase, make_problem
-from topiarist.schedules.cpu.direct import ConvViews, refuses_views, required_halo
+from topiarist.schedules.cpu.direct import refuses_views, required_halo
+from topiarist.schedules.kernel import ConvViews
 from topiarist.schedules.layout import Grid, LaneLayout, View, make_grid, whole
 
 

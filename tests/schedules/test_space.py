@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.schedules.kernel_contract import CASES, ConvCase, make_problem
-from topiarist.schedules.cpu.direct import ConvViews, DirectConfig
+from topiarist.schedules.cpu.direct import DirectConfig
 from topiarist.schedules.cpu.space import (
     Estimator,
     block_configs,
@@ -15,6 +15,7 @@ from topiarist.schedules.cpu.space import (
     sparse_configs,
     tiles,
 )
+from topiarist.schedules.kernel import ConvViews
 from topiarist.schedules.layout import LaneLayout, make_grid
 from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets import registry

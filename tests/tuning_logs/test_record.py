@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from topiarist.errors import TuningLogError
-from topiarist.schedules.cpu.direct import ConvViews, DirectConfig
+from topiarist.schedules.cpu.direct import DirectConfig
+from topiarist.schedules.kernel import ConvViews
 from topiarist.schedules.kernels import conv_kernel
 from topiarist.schedules.layout import LaneLayout, View, make_grid, whole
 from topiarist.targets import registry
