@@ -28,15 +28,21 @@ MAX_OFFSET = 1 << 16
 
 @dataclass(frozen=True)
 class DirectConfig(KernelConfig):
-    """The knobs: vectors of a tile, output channels of a tile, input channels of a block."""
+    """The knobs: vectors of a tile, output channels of a tile, input channels of a block.
+
+    With `weights_outside` (dense form) every block of weights meets all tiles before the next one,
+    which spares reading weights that exceed the caches once per tile.
+    """
 
     rows: int
     cols: int
     out_block: int
     in_block: int
+    weights_outside: bool = False
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.cols}x{self.out_block}/{self.in_block}"
+        order = " weights outside" if self.weights_outside else ""
+        return f"{self.rows}x{self.cols}x{self.out_block}/{self.in_block}{order}"
 
 
 @dataclass(frozen=True)
@@ -341,74 +347,98 @@ def _row_blocks(k: _Kernel) -> Iterator[tuple[slice, int, int]]:
             yield part, first, count
 
 
-def _dense_body(k: _Kernel, ops: _Operands, weights: Any) -> Callable[[Any, Any, Any, Any], None]:
-    """The loops inside a tile of the dense form."""
-    kh, kw = k.geometry.taps.shape
-    x_layout = k.views.x.layout
-    x_stride, y_stride = x_layout.channel_stride, k.views.y.layout.channel_stride
-    row_tap = int(k.geometry.taps[1, 0]) if kh > 1 else 0
-    col_tap = int(k.geometry.taps[0, 1]) if kw > 1 else 0
-    x_steps, y_steps = k.steps(k.geometry.x), k.steps(k.geometry.y)
-    per_block = k.group_out * k.config.in_block * kh * kw
+@dataclass(frozen=True)
+class _DenseLoops:
+    """The loops of the dense form around the product of one tile with one block of channels."""
 
-    def channels(block: int, count: Any, first: Any, base: Any, tile: _DenseTile) -> None:
-        with T.serial(0, count) as within:
-            row = first + within
-            channel = tile.group * k.group_out + base + row * block
-            at = [tile.y_base + (channel + a) * y_stride for a in range(block)]
-            if tile.first:
-                for a in range(block):
-                    start = k.initial(ops, at[a], tile.where, channel + a)
-                    k.begin(ops.y, at[a], start)
-            w_row = tile.w_base + (base + row * block) * k.config.in_block * kh * kw
-            with T.serial(0, k.config.in_block) as c, _taps_loop(kh) as ky, _taps_loop(kw) as kx:
-                tap = tile.x_block + c * x_stride + ky * row_tap + kx * col_tap
-                w_at = w_row + ((c * kh + ky) * kw + kx) * block
-                for a in range(block):
-                    weight = emit.splat(weights[w_at + a], k.lanes)
-                    for x_step, y_step in zip(x_steps, y_steps, strict=True):
-                        to = emit.ramp(at[a] + y_step, k.lanes)
-                        read = ops.x[emit.ramp(tap + x_step, k.lanes)]
-                        T.buffer_store(ops.y, ops.y[to] + weight * read, [to])
-            if tile.last:
-                for a in range(block):
-                    k.finish(ops.y, at[a])
+    k: _Kernel
+    ops: _Operands
+    weights: Any
 
-    def tile(image: Any, ty: Any, tx: Any, split: Any) -> None:
-        block = k.config.out_block
-        whole_blocks, rest = divmod(k.group_out, block)
-        chunk = whole_blocks // k.splits()
-        y_base, x_base = k.y_at(image, ty, tx), k.x_at(image, ty, tx)
-        with T.serial(0, k.workload.groups) as group:
+    def emit(self) -> None:
+        """All loops, in the order that the configuration asks for."""
+        if self.k.config.weights_outside:
+            self._weights_outside()
+        else:
+            self.k.tile_loop(self._tile)
+
+    def _segments(self) -> list[tuple[int, int, int]]:
+        """(first channel, blocks, channels per block) within a group: whole blocks and the rest."""
+        block = self.k.config.out_block
+        whole_blocks, rest = divmod(self.k.group_out, block)
+        segments = [(0, whole_blocks, block), (whole_blocks * block, 1, rest)]
+        return [(first, count, size) for first, count, size in segments if count * size]
+
+    def _tile(self, image: Any, ty: Any, tx: Any, split: Any) -> None:
+        where, splits = _Where(image, ty, tx), self.k.splits()
+        with T.serial(0, self.k.workload.groups) as group:
 
             def in_block(q: Any, first: bool, last: bool) -> None:
-                x_block = x_base + (group * k.group_in + q * k.config.in_block) * x_stride
-                w_base = (group * k.in_blocks + q) * per_block
-                where = _Where(image, ty, tx)
-                here = _DenseTile(where, group, first, last, y_base, x_block, w_base)
-                if whole_blocks:
-                    channels(block, chunk, split * chunk, 0, here)
-                if rest:
-                    channels(rest, 1, 0, whole_blocks * block, here)
+                for channel, count, size in self._segments():
+                    chunk = count // splits
+                    with T.serial(0, chunk) as within:
+                        at = channel + (split * chunk + within) * size
+                        self._product(where, _Step(group, q, first, last), at, size)
 
-            k.in_block_loop(in_block)
+            self.k.in_block_loop(in_block)
 
-    return tile
+    def _weights_outside(self) -> None:
+        """Every block of weights is read once and meets all tiles."""
+        ny, nx = self.k.geometry.tiles
+        with (
+            T.serial(0, self.k.workload.batch) as image,
+            T.serial(0, self.k.workload.groups) as group,
+        ):
+
+            def in_block(q: Any, first: bool, last: bool) -> None:
+                for channel, count, size in self._segments():
+                    with emit.loop(count, self.k.threads) as within, T.serial(0, ny * nx) as tile:
+                        where = _Where(image, tile // nx, tile % nx)
+                        step = _Step(group, q, first, last)
+                        self._product(where, step, channel + within * size, size)
+
+            self.k.in_block_loop(in_block)
+
+    def _product(self, where: _Where, step: _Step, first_channel: Any, size: int) -> None:
+        """Accumulate one block of input channels into `size` output channels of one tile."""
+        k, ops = self.k, self.ops
+        (kh, kw), taps = k.geometry.taps.shape, k.geometry.taps
+        row_tap = int(taps[1, 0]) if kh > 1 else 0
+        col_tap = int(taps[0, 1]) if kw > 1 else 0
+        x_stride, y_stride = k.views.x.layout.channel_stride, k.views.y.layout.channel_stride
+        x_block = k.x_at(where.image, where.ty, where.tx)
+        x_block = x_block + (step.group * k.group_in + step.q * k.config.in_block) * x_stride
+        channel = step.group * k.group_out + first_channel
+        y_base = k.y_at(where.image, where.ty, where.tx)
+        at = [y_base + (channel + a) * y_stride for a in range(size)]
+        if step.first:
+            for a in range(size):
+                k.begin(ops.y, at[a], k.initial(ops, at[a], where, channel + a))
+        block = (step.group * k.in_blocks + step.q) * k.group_out + first_channel
+        w_block = block * k.config.in_block * kh * kw
+        x_steps, y_steps = k.steps(k.geometry.x), k.steps(k.geometry.y)
+        with T.serial(0, k.config.in_block) as c, T.serial(0, kh) as ky, T.serial(0, kw) as kx:
+            tap = x_block + c * x_stride + ky * row_tap + kx * col_tap
+            w_at = w_block + ((c * kh + ky) * kw + kx) * size
+            for a in range(size):
+                weight = emit.splat(self.weights[w_at + a], k.lanes)
+                for x_step, y_step in zip(x_steps, y_steps, strict=True):
+                    to = emit.ramp(at[a] + y_step, k.lanes)
+                    read = ops.x[emit.ramp(tap + x_step, k.lanes)]
+                    T.buffer_store(ops.y, ops.y[to] + weight * read, [to])
+        if step.last:
+            for a in range(size):
+                k.finish(ops.y, at[a])
 
 
 @dataclass(frozen=True)
-class _DenseTile:
-    where: _Where
+class _Step:
+    """A group and a block of its input channels; whether it is the first or the last block."""
+
     group: Any
+    q: Any
     first: bool
     last: bool
-    y_base: Any
-    x_block: Any
-    w_base: Any
-
-
-def _taps_loop(extent: int) -> Any:
-    return T.serial(0, extent)
 
 
 def dense_prim_func(k: _Kernel, name: str) -> Any:
@@ -423,7 +453,7 @@ def dense_prim_func(k: _Kernel, name: str) -> Any:
         if views.residual is not None:
             residual = emit.argument("residual", w.batch * views.residual.layout.size)
         y = emit.argument("y", w.batch * views.y.layout.size)
-        k.tile_loop(_dense_body(k, _Operands(x, bias, residual, y), weights))
+        _DenseLoops(k, _Operands(x, bias, residual, y), weights).emit()
         emit.write_halo(y, views.y, w.batch, k.threads)
     return builder.get()
 

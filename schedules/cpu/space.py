@@ -18,6 +18,7 @@ from topiarist.targets.spec import TargetSpec
 CYCLES_PER_US = 3000.0  # a nominal clock, to state estimates in microseconds
 ROW_END_CYCLES = 18.0  # a mispredicted end of a row of nonzeros
 NONZERO_CYCLES = 2.0  # index, broadcast and address of one nonzero
+FAR_BYTES_PER_CYCLE = 8.0  # from beyond the second-level cache, in order
 DENSE_MISS_CYCLES = 0.3  # per vector read in order: the prefetcher hides most of it
 SMALLEST_TILE = 2
 L1_SHARES = (0.5, 1, 6)  # what a block of input channels may fill
@@ -108,10 +109,21 @@ class Estimator:
         fmas = vectors * config.out_block
         # The latency of four cycles needs eight accumulators in flight.
         cycles = max(fmas / 2, (vectors + config.out_block) / 2, 4.0)
-        footprint = config.in_block * self.tile_bytes((config.rows, config.cols))
-        cycles += DENSE_MISS_CYCLES * vectors * (self.miss_factor(footprint) - 1)
+        x_bytes = config.in_block * self.tile_bytes((config.rows, config.cols))
+        if config.weights_outside:
+            x_bytes = config.in_block * self.x.channel_stride * 4
+        cycles += DENSE_MISS_CYCLES * vectors * (self.miss_factor(x_bytes) - 1)
         in_blocks = math.ceil(w.in_channels / w.groups / config.in_block)
-        return tiles_all * blocks * (taps * cycles + in_blocks * 1.5 * fmas)
+        work = tiles_all * blocks * (taps * cycles + in_blocks * 1.5 * fmas)
+        return work + self._weight_cycles(1 if config.weights_outside else tiles_all)
+
+    def _weight_cycles(self, times: float) -> float:
+        """Reading the dense weights in order so many times, beyond what the prefetcher hides."""
+        w = self.workload
+        size = w.out_channels * w.in_channels // w.groups * w.kernel[0] * w.kernel[1] * 4
+        if size <= 0.5 * self.target.l2_bytes:
+            return 0.0
+        return times * size / FAR_BYTES_PER_CYCLE
 
 
 def sparse_configs(
@@ -157,18 +169,23 @@ def dense_configs(
         limit = max(1, (target.registers - 4) // out_block)
         for tile in tiles(y.grid, limit):
             for block in estimate.in_blocks(tile):
-                found.add(DirectConfig(*tile, out_block, _divisor(group_in, block)))
-    ranked = sorted(found, key=lambda c: (estimate.dense_cycles(c), c.rows, c.cols))
+                in_block = _divisor(group_in, block)
+                found.add(DirectConfig(*tile, out_block, in_block))
+                if workload.groups == 1:
+                    found.add(DirectConfig(*tile, out_block, in_block, weights_outside=True))
+    ranked = sorted(
+        found, key=lambda c: (estimate.dense_cycles(c), c.rows, c.cols, c.weights_outside)
+    )
     return _mixed(ranked)
 
 
 def _mixed(ranked: list[DirectConfig]) -> list[DirectConfig]:
     """At most two blockings of each tile first: tiles differ more than the estimate can tell."""
-    seen: Counter[tuple[int, int, int]] = Counter()
+    seen: Counter[tuple[int, int, int, bool]] = Counter()
     early: list[DirectConfig] = []
     late: list[DirectConfig] = []
     for config in ranked:
-        tile = (config.rows, config.cols, config.out_block)
+        tile = (config.rows, config.cols, config.out_block, config.weights_outside)
         (early if seen[tile] < 2 else late).append(config)
         seen[tile] += 1
     return early + late
