@@ -25,7 +25,7 @@ from topiarist.errors import BuildError
 from topiarist.pruning.patterns import find_pattern
 from topiarist.schedules.cpu import linear, relayout
 from topiarist.schedules.cpu.kernels import MAX_SPARSE_DENSITY
-from topiarist.schedules.kernel import ConvKernel, ConvViews, KernelConfig
+from topiarist.schedules.kernel import ConvKernel, ConvSite, ConvViews, KernelConfig
 from topiarist.schedules.kernels import CONV_KERNELS
 from topiarist.schedules.layout import PlainLayout, View
 from topiarist.schedules.workload import ConvWorkload, signature
@@ -199,26 +199,26 @@ class Chooser:
         )
         key = (replace(workload, sparsity=same), _anonymous(views))
         if key not in self._convs:
-            self._convs[key] = self._contest(node, workload, views)
+            self._convs[key] = self._contest(node, self.parts.site(workload, views))
         return self._convs[key]
 
-    def _contest(self, node: Conv, workload: ConvWorkload, views: ConvViews) -> Choice:
+    def _contest(self, node: Conv, site: ConvSite) -> Choice:
         timed: list[Candidate] = []
         refusals = []
         for kernel in CONV_KERNELS:
             if self.dense and kernel.sparse:
                 continue
-            refusal = kernel.refuses(workload, self.target)
+            refusal = kernel.refuses(site.workload, self.target)
             if refusal is not None:
                 refusals.append(f"{kernel.name}: {refusal}")
                 continue
-            shortlist = self._shortlist(kernel, workload, views)
+            shortlist = self._shortlist(kernel, site)
             if not shortlist:
-                refusals.append(f"{kernel.name}: no configuration fits {views.x.layout}")
+                refusals.append(f"{kernel.name}: no configuration fits {site.views.x.layout}")
             for i, config in enumerate(shortlist):
                 if i >= FIRST_TRIES and self._hopeless(kernel, timed):
                     break
-                timed.append(self._candidate(kernel, config, node, workload, views))
+                timed.append(self._candidate(kernel, config, node, site))
         if not timed:
             raise BuildError(f"{node.name}: no kernel serves the layer; {'; '.join(refusals)}")
         timed.sort(key=lambda candidate: candidate.run_us)
@@ -230,37 +230,27 @@ class Chooser:
         own = min(c.run_us for c in timed if c.kernel == kernel.name)
         return own > HOPELESS * min(c.run_us for c in timed)
 
-    def _shortlist(
-        self, kernel: ConvKernel[Any], workload: ConvWorkload, views: ConvViews
-    ) -> list[KernelConfig]:
+    def _shortlist(self, kernel: ConvKernel[Any], site: ConvSite) -> list[KernelConfig]:
         """The configurations worth trying, most promising first."""
         count = kernel.tries if self.timer is not None else 1
-        fitting = (
-            config
-            for config in kernel.knobs(workload, self.target, views)
-            if kernel.fits(workload, config, views)
-        )
+        fitting = (config for config in kernel.knobs(site) if kernel.fits(site, config))
         return list(itertools.islice(fitting, count))
 
     def _candidate(
-        self,
-        kernel: ConvKernel[Any],
-        config: KernelConfig,
-        node: Conv,
-        workload: ConvWorkload,
-        views: ConvViews,
+        self, kernel: ConvKernel[Any], config: KernelConfig, node: Conv, site: ConvSite
     ) -> Candidate:
         if self.timer is None:
-            us = kernel.estimate_us(workload, self.target, views, config)
+            us = kernel.estimate_us(site, config)
             return Candidate(kernel.name, config, us, measured=False)
+        workload, views = site.workload, site.views
         measured = MeasureInput.of_conv(
             workload, kernel, config, views, self._device, self._versions
         )
         known = None if self.log is None else self.log.lookup(measured.key)
         if known is not None and known.status == "ok":
             return Candidate(kernel.name, config, known.run_us)
-        packed = kernel.pack(node.weight, workload, config, views, self.threads)
-        name = self.parts.convolution(kernel, workload, config, views)
+        packed = kernel.pack(site, config, node.weight)
+        name = self.parts.convolution(kernel, site, config)
         args: list[Any] = [_ref("x", views.x, workload.batch), *packed, node.bias]
         if views.residual is not None:
             args.append(_ref("residual", views.residual, workload.batch))

@@ -149,13 +149,13 @@ class _Lowering:
         choice = self.plan.choices[node.name].chosen
         assert choice.config is not None
         kernel, config = conv_kernel(choice.kernel), choice.config
-        workload = self.plan.workloads[node.name]
         views = conv_views(node, self.plan.layouts)
-        name = self._use(self.parts.convolution(kernel, workload, config, views))
+        site = self.parts.site(self.plan.workloads[node.name], views)
+        name = self._use(self.parts.convolution(kernel, site, config))
         (_, x), *residual = self._reads(node)
         packed = self.parts.constants(
             (node.name, kernel.name, config, views),
-            lambda: kernel.pack(node.weight, workload, config, views, self.threads),
+            lambda: kernel.pack(site, config, node.weight),
         )
         refs = [] if views.in_place else [ref for _, ref in residual]
         self._call(node.name, name, x, *packed, node.bias, *refs, self._writes(node)[1])

@@ -10,7 +10,7 @@ import tvm
 from numpy.typing import NDArray
 
 from topiarist.errors import BuildError
-from topiarist.schedules.kernel import ConvKernel, ConvViews, KernelConfig
+from topiarist.schedules.kernel import ConvKernel, ConvSite, ConvViews, KernelConfig
 from topiarist.schedules.workload import ConvWorkload, SparsitySignature
 from topiarist.targets.spec import TargetSpec
 
@@ -44,20 +44,18 @@ class Parts:
             self._constants[key] = make()
         return self._constants[key]
 
-    def convolution(
-        self,
-        kernel: ConvKernel[Any],
-        workload: ConvWorkload,
-        config: KernelConfig,
-        views: ConvViews,
-    ) -> str:
+    def site(self, workload: ConvWorkload, views: ConvViews) -> ConvSite:
+        """A convolution in its place, on this target."""
+        return ConvSite(workload, views, self.target, self.threads)
+
+    def convolution(self, kernel: ConvKernel[Any], site: ConvSite, config: KernelConfig) -> str:
         """The name of a convolution's function; layers that differ in zeros only share it."""
-        w = workload
+        w = site.workload
         label = f"{kernel.name}_{w.in_channels}x{w.height}_{w.out_channels}_k{w.kernel[0]}"
         return self.function(
-            (kernel.name, replace(workload, sparsity=ANY_SPARSITY), config, views),
+            (kernel.name, replace(w, sparsity=ANY_SPARSITY), config, site.views),
             label,
-            lambda name: kernel.prim_func(name, workload, config, views, self.threads),
+            lambda name: kernel.prim_func(site, config, name),
         )
 
     def compiled(self, names: Sequence[str]) -> Mapping[str, Callable[..., None]]:

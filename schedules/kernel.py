@@ -34,14 +34,25 @@ class ConvViews:
     in_place: bool = False
 
 
-class ConvKernel(ABC, Generic[C]):
-    """A convolution kernel: who it serves, its knobs, its constants, its code.
+@dataclass(frozen=True)
+class ConvSite:
+    """A convolution in its place: the layer, its layouts, the device and its threads."""
 
-    The function takes (x, *constants, bias[, residual], y), flat fp32 buffers but for constants.
+    workload: ConvWorkload
+    views: ConvViews
+    target: TargetSpec
+    threads: int = 1
+
+
+class ConvKernel(ABC, Generic[C]):
+    """A convolution kernel; `C` is its configuration.
+
+    Its function takes (x, *constants, bias[, residual], y): flat fp32 buffers, but for the
+    constants, which are as `pack` makes them.
     """
 
     name: ClassVar[str]
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 1  # raised when old measurements no longer hold
     sparse: ClassVar[bool]
     tries: ClassVar[int] = 6  # configurations of `knobs` that are worth timing
 
@@ -50,41 +61,21 @@ class ConvKernel(ABC, Generic[C]):
         """Why the kernel can't run the layer on the target, None where it can."""
 
     @abstractmethod
-    def knobs(self, workload: ConvWorkload, target: TargetSpec, views: ConvViews) -> list[C]:
-        """The search space between two layouts, most promising first."""
+    def knobs(self, site: ConvSite) -> list[C]:
+        """The search space, most promising first."""
 
     @abstractmethod
-    def estimate_us(
-        self,
-        workload: ConvWorkload,
-        target: TargetSpec,
-        views: ConvViews,
-        config: C,
-    ) -> float:
-        """Microseconds on one core by counting instructions and footprints; only ranks."""
-
-    @abstractmethod
-    def fits(self, workload: ConvWorkload, config: C, views: ConvViews) -> bool:
+    def fits(self, site: ConvSite, config: C) -> bool:
         """Whether the configuration works between these layouts."""
 
     @abstractmethod
-    def pack(
-        self,
-        weight: NDArray[np.float32],
-        workload: ConvWorkload,
-        config: C,
-        views: ConvViews,
-        threads: int,
-    ) -> Packed:
-        """The constants of a weight [O, C / groups, kh, kw]."""
+    def estimate_us(self, site: ConvSite, config: C) -> float:
+        """Microseconds on one core by counting instructions and footprints; only ranks."""
 
     @abstractmethod
-    def prim_func(
-        self,
-        name: str,
-        workload: ConvWorkload,
-        config: C,
-        views: ConvViews,
-        threads: int,
-    ) -> Any:
-        """The TIR function."""
+    def pack(self, site: ConvSite, config: C, weight: NDArray[np.float32]) -> Packed:
+        """The constants of a weight [O, C / groups, kh, kw]. Raises ValueError without a fit."""
+
+    @abstractmethod
+    def prim_func(self, site: ConvSite, config: C, name: str) -> Any:
+        """The TIR function. Raises ValueError without a fit."""

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from topiarist.schedules.cpu import direct, space
 from topiarist.schedules.cpu.direct import DirectConfig
-from topiarist.schedules.kernel import ConvKernel, ConvViews, Packed
+from topiarist.schedules.kernel import ConvKernel, ConvSite, Packed
 from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets.spec import TargetSpec
 
@@ -17,23 +17,22 @@ MAX_SPARSE_DENSITY = 0.75  # above it the sparse form has never won
 BLOCK = 4
 
 
-def _loops(
-    workload: ConvWorkload, config: DirectConfig, views: ConvViews, threads: int
-) -> direct._Kernel:
-    kernel = direct.make_kernel(workload, config, views, threads)
-    if kernel is None:
-        raise ValueError(f"{config} does not fit {views.x.layout} -> {views.y.layout}")
-    return kernel
-
-
 class _Direct(ConvKernel[DirectConfig]):
     """What the kernels of this family share."""
 
-    def fits(self, workload: ConvWorkload, config: DirectConfig, views: ConvViews) -> bool:
+    def fits(self, site: ConvSite, config: DirectConfig) -> bool:
         """Whether the configuration works between these layouts."""
-        if direct.refuses_views(workload, views) is not None:
+        if direct.refuses_views(site.workload, site.views) is not None:
             return False
-        return direct.make_kernel(workload, config, views, 1) is not None
+        return direct.make_kernel(site.workload, config, site.views, site.threads) is not None
+
+
+def _loops(site: ConvSite, config: DirectConfig) -> direct._Kernel:
+    kernel = direct.make_kernel(site.workload, config, site.views, site.threads)
+    if kernel is None:
+        x, y = site.views.x.layout, site.views.y.layout
+        raise ValueError(f"{config} does not fit {x} -> {y}")
+    return kernel
 
 
 class DirectSparse(_Direct):
@@ -48,47 +47,24 @@ class DirectSparse(_Direct):
             return f"density {workload.sparsity.density:.2f} is above {MAX_SPARSE_DENSITY}"
         return None
 
-    def knobs(
-        self, workload: ConvWorkload, target: TargetSpec, views: ConvViews
-    ) -> list[DirectConfig]:
+    def knobs(self, site: ConvSite) -> list[DirectConfig]:
         """Tiles of vectors and blocks of input channels."""
-        return space.sparse_configs(workload, target, views.x.layout, views.y.layout)
+        return space.sparse_configs(space.Estimator.of(site))
 
-    def estimate_us(
-        self,
-        workload: ConvWorkload,
-        target: TargetSpec,
-        views: ConvViews,
-        config: DirectConfig,
-    ) -> float:
+    def estimate_us(self, site: ConvSite, config: DirectConfig) -> float:
         """Nonzeros, ends of rows and cache misses."""
-        estimate = space.Estimator(workload, target, views.x.layout, views.y.layout)
-        return estimate.sparse_cycles(config) / space.CYCLES_PER_US
+        return space.Estimator.of(site).sparse_cycles(config) / space.CYCLES_PER_US
 
-    def pack(
-        self,
-        weight: NDArray[np.float32],
-        workload: ConvWorkload,
-        config: DirectConfig,
-        views: ConvViews,
-        threads: int,
-    ) -> Packed:
+    def pack(self, site: ConvSite, config: DirectConfig, weight: NDArray[np.float32]) -> Packed:
         """values, offsets, starts."""
-        packed = direct.pack_sparse(_loops(workload, config, views, threads), weight)
+        packed = direct.pack_sparse(_loops(site, config), weight)
         if packed is None:
             raise ValueError(f"{config}: an offset needs more than 16 bits")
         return packed
 
-    def prim_func(
-        self,
-        name: str,
-        workload: ConvWorkload,
-        config: DirectConfig,
-        views: ConvViews,
-        threads: int,
-    ) -> Any:
+    def prim_func(self, site: ConvSite, config: DirectConfig, name: str) -> Any:
         """The CSR loops."""
-        return direct.sparse_prim_func(_loops(workload, config, views, threads), name)
+        return direct.sparse_prim_func(_loops(site, config), name)
 
 
 class BlockSparse(DirectSparse):
@@ -102,11 +78,9 @@ class BlockSparse(DirectSparse):
             return f"output channels per group are no multiple of {BLOCK}"
         return super().refuses(workload, target)
 
-    def knobs(
-        self, workload: ConvWorkload, target: TargetSpec, views: ConvViews
-    ) -> list[DirectConfig]:
+    def knobs(self, site: ConvSite) -> list[DirectConfig]:
         """Tiles of vectors and blocks of input channels."""
-        return space.block_configs(workload, target, views.x.layout, views.y.layout, BLOCK)
+        return space.block_configs(space.Estimator.of(site), BLOCK)
 
 
 class DirectDense(_Direct):
@@ -120,41 +94,18 @@ class DirectDense(_Direct):
         """Serves every convolution."""
         return None
 
-    def knobs(
-        self, workload: ConvWorkload, target: TargetSpec, views: ConvViews
-    ) -> list[DirectConfig]:
-        """Tiles of vectors by output channels, and blocks of input channels."""
-        return space.dense_configs(workload, target, views.x.layout, views.y.layout)
+    def knobs(self, site: ConvSite) -> list[DirectConfig]:
+        """Tiles of vectors by output channels, blocks of input channels, order of the loops."""
+        return space.dense_configs(space.Estimator.of(site))
 
-    def estimate_us(
-        self,
-        workload: ConvWorkload,
-        target: TargetSpec,
-        views: ConvViews,
-        config: DirectConfig,
-    ) -> float:
+    def estimate_us(self, site: ConvSite, config: DirectConfig) -> float:
         """Multiply-adds, loads and cache misses."""
-        estimate = space.Estimator(workload, target, views.x.layout, views.y.layout)
-        return estimate.dense_cycles(config) / space.CYCLES_PER_US
+        return space.Estimator.of(site).dense_cycles(config) / space.CYCLES_PER_US
 
-    def pack(
-        self,
-        weight: NDArray[np.float32],
-        workload: ConvWorkload,
-        config: DirectConfig,
-        views: ConvViews,
-        threads: int,
-    ) -> Packed:
+    def pack(self, site: ConvSite, config: DirectConfig, weight: NDArray[np.float32]) -> Packed:
         """The blocked weight."""
-        return (direct.pack_dense(_loops(workload, config, views, threads), weight),)
+        return (direct.pack_dense(_loops(site, config), weight),)
 
-    def prim_func(
-        self,
-        name: str,
-        workload: ConvWorkload,
-        config: DirectConfig,
-        views: ConvViews,
-        threads: int,
-    ) -> Any:
+    def prim_func(self, site: ConvSite, config: DirectConfig, name: str) -> Any:
         """The dense loops."""
-        return direct.dense_prim_func(_loops(workload, config, views, threads), name)
+        return direct.dense_prim_func(_loops(site, config), name)

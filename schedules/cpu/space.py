@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from topiarist.schedules.cpu.direct import MAX_OFFSET, DirectConfig
+from topiarist.schedules.kernel import ConvSite
 from topiarist.schedules.layout import Grid, LaneLayout
 from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets.spec import TargetSpec
@@ -42,6 +43,11 @@ class Estimator:
     target: TargetSpec
     x: LaneLayout
     y: LaneLayout
+
+    @staticmethod
+    def of(site: ConvSite) -> Estimator:
+        """The estimator of a layer in its place."""
+        return Estimator(site.workload, site.target, site.views.x.layout, site.views.y.layout)
 
     def tile_bytes(self, tile: tuple[int, int]) -> int:
         """Bytes of one input channel that a tile reads."""
@@ -126,48 +132,40 @@ class Estimator:
         return times * size / FAR_BYTES_PER_CYCLE
 
 
-def sparse_configs(
-    workload: ConvWorkload, target: TargetSpec, x: LaneLayout, y: LaneLayout
-) -> list[DirectConfig]:
+def sparse_configs(estimate: Estimator) -> list[DirectConfig]:
     """Configurations of the sparse kernel with one output channel, best estimate first."""
-    estimate = Estimator(workload, target, x, y)
-    limit = target.registers - 2
+    limit = estimate.target.registers - 2
     found = [
         DirectConfig(*tile, 1, block)
-        for tile in tiles(y.grid, limit)
-        if tile[0] * tile[1] >= min(SMALLEST_TILE, y.grid.rows * y.grid.cols)
+        for tile in tiles(estimate.y.grid, limit)
+        if tile[0] * tile[1] >= min(SMALLEST_TILE, estimate.y.grid.rows * estimate.y.grid.cols)
         for block in estimate.in_blocks(tile, estimate.addressable_channels)
     ]
     return sorted(found, key=estimate.sparse_cycles)
 
 
-def block_configs(
-    workload: ConvWorkload, target: TargetSpec, x: LaneLayout, y: LaneLayout, block: int
-) -> list[DirectConfig]:
+def block_configs(estimate: Estimator, block: int) -> list[DirectConfig]:
     """Configurations of the sparse kernel with `block` output channels, best estimate first."""
-    estimate = Estimator(workload, target, x, y)
-    limit = (target.registers - 4) // block
+    limit = (estimate.target.registers - 4) // block
     found = [
         DirectConfig(*tile, block, in_block)
-        for tile in tiles(y.grid, limit)
+        for tile in tiles(estimate.y.grid, limit)
         for in_block in estimate.in_blocks(tile, estimate.addressable_channels)
     ]
     return sorted(found, key=estimate.sparse_cycles)
 
 
-def dense_configs(
-    workload: ConvWorkload, target: TargetSpec, x: LaneLayout, y: LaneLayout
-) -> list[DirectConfig]:
+def dense_configs(estimate: Estimator) -> list[DirectConfig]:
     """Configurations of the dense kernel, best estimate first."""
-    estimate = Estimator(workload, target, x, y)
+    workload = estimate.workload
     group_out = workload.out_channels // workload.groups
     group_in = workload.in_channels // workload.groups
     found = set()
     for out_block in (1, 2, 3, 4, 6, 8, 12):
         if out_block > group_out:
             continue
-        limit = max(1, (target.registers - 4) // out_block)
-        for tile in tiles(y.grid, limit):
+        limit = max(1, (estimate.target.registers - 4) // out_block)
+        for tile in tiles(estimate.y.grid, limit):
             for block in estimate.in_blocks(tile):
                 in_block = _divisor(group_in, block)
                 found.add(DirectConfig(*tile, out_block, in_block))

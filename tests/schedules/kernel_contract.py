@@ -25,7 +25,7 @@ from tests.schedules.building import (
 )
 from topiarist.schedules.cpu.direct import DirectConfig, refuses_views, required_halo
 from topiarist.schedules.cpu.space import tiles
-from topiarist.schedules.kernel import ConvKernel, ConvViews
+from topiarist.schedules.kernel import ConvKernel, ConvSite, ConvViews
 from topiarist.schedules.layout import Grid, Halo, LaneLayout, make_grid
 from topiarist.schedules.workload import ConvWorkload, signature
 from topiarist.targets.spec import TargetSpec
@@ -225,12 +225,17 @@ def y_before(problem: Problem) -> FloatArray:
     return before
 
 
+def site_of(problem: Problem, target: TargetSpec, threads: int = 1) -> ConvSite:
+    """The problem's layer in its place."""
+    return ConvSite(problem.workload, problem.views, target, threads)
+
+
 def arguments(
-    kernel: ConvKernel, problem: Problem, config: DirectConfig, threads: int
+    kernel: ConvKernel[Any], problem: Problem, config: DirectConfig, site: ConvSite
 ) -> list[Any]:
     """x, constants, bias, residual, y."""
-    w, views = problem.workload, problem.views
-    packed = kernel.pack(problem.weight, w, config, views, threads)
+    views = problem.views
+    packed = kernel.pack(site, config, problem.weight)
     args = [pack_view(views.x, problem.x), *packed, problem.bias]
     if views.residual is not None:
         assert problem.residual is not None
@@ -239,7 +244,7 @@ def arguments(
 
 
 def check(
-    kernel: ConvKernel,
+    kernel: ConvKernel[Any],
     problem: Problem,
     configs: list[DirectConfig],
     target: TargetSpec,
@@ -247,11 +252,12 @@ def check(
 ) -> None:
     """Run the configurations and compare each with the reference."""
     w, views = problem.workload, problem.views
+    site = site_of(problem, target, threads)
     named = {f"config_{i}": config for i, config in enumerate(configs)}
     results = run_all(
-        {n: kernel.prim_func(n, w, config, views, threads) for n, config in named.items()},
+        {n: kernel.prim_func(site, config, n) for n, config in named.items()},
         target,
-        {n: arguments(kernel, problem, config, threads) for n, config in named.items()},
+        {n: arguments(kernel, problem, config, site) for n, config in named.items()},
     )
     want = references.conv(w, problem.x, problem.weight, problem.bias, problem.residual)
     before = y_before(problem)
@@ -266,7 +272,7 @@ def sparse_enough(workload: ConvWorkload) -> ConvWorkload:
     return replace(workload, sparsity=replace(workload.sparsity, density=0.1))
 
 
-def fitting(kernel: ConvKernel, problem: Problem, target: TargetSpec) -> list[DirectConfig]:
+def fitting(kernel: ConvKernel[Any], problem: Problem, target: TargetSpec) -> list[DirectConfig]:
     """The configurations that fit; skips what the kernel refuses for its shape."""
     w, views = problem.workload, problem.views
     why = kernel.refuses(sparse_enough(w), target)
@@ -274,7 +280,8 @@ def fitting(kernel: ConvKernel, problem: Problem, target: TargetSpec) -> list[Di
         assert why.strip(), "a refusal without a reason"
         pytest.skip(f"{kernel.name} refuses: {why}")
     assert refuses_views(w, views) is None
-    found = [c for c in kernel.knobs(w, target, views) if kernel.fits(w, c, views)]
+    site = site_of(problem, target)
+    found = [c for c in kernel.knobs(site) if kernel.fits(site, c)]
     assert found, f"{kernel.name} accepts the layer but offers no configuration that fits"
     return found
 
@@ -306,7 +313,7 @@ class ConvKernelContract:
 
     @pytest.mark.parametrize("name", CASES)
     def test_agrees_with_the_reference(
-        self, kernel: ConvKernel, target: TargetSpec, name: str
+        self, kernel: ConvKernel[Any], target: TargetSpec, name: str
     ) -> None:
         """Poison around the input and in the output is neither read nor left behind.
 
@@ -320,7 +327,7 @@ class ConvKernelContract:
     @pytest.mark.parametrize("residual", [None, "in_place"])
     @pytest.mark.parametrize("name", ["many_inputs", "in_place_tiled"])
     def test_blocks_of_every_size(
-        self, kernel: ConvKernel, target: TargetSpec, name: str, residual: str | None
+        self, kernel: ConvKernel[Any], target: TargetSpec, name: str, residual: str | None
     ) -> None:
         """Also those that do not divide the channels, and with more threads than tiles."""
         case = replace(CASES[name], outputs=20, plane=(4, 4), batch=1, residual=residual)
@@ -328,7 +335,7 @@ class ConvKernelContract:
         by_block = {c.out_block: c for c in fitting(kernel, problem, target)}
         check(kernel, problem, list(by_block.values()), target, threads=2)
 
-    def test_known_result(self, kernel: ConvKernel, target: TargetSpec) -> None:
+    def test_known_result(self, kernel: ConvKernel[Any], target: TargetSpec) -> None:
         """1..9 under the kernel [[1, 0], [0, -1]]: each pixel minus its neighbour four on."""
         case = ConvCase(channels=1, outputs=4, plane=(3, 3), kernel=(2, 2), padding=(0, 0, 0, 0))
         problem = make_problem(case, target.lanes)
@@ -342,19 +349,19 @@ class ConvKernelContract:
 
     @pytest.mark.parametrize("name", CASES)
     def test_packs_every_nonzero_once(
-        self, kernel: ConvKernel, target: TargetSpec, name: str
+        self, kernel: ConvKernel[Any], target: TargetSpec, name: str
     ) -> None:
         """The constants hold the nonzeros of the weight; what else they hold is zero."""
         problem = make_problem(CASES[name], target.lanes)
         want = np.sort(problem.weight[problem.weight != 0])
         for config in spread(fitting(kernel, problem, target)):
-            packed = kernel.pack(problem.weight, problem.workload, config, problem.views, 1)
+            packed = kernel.pack(site_of(problem, target), config, problem.weight)
             values = np.concatenate([part for part in packed if part.dtype == np.float32])
             assert np.array_equal(np.sort(values[values != 0]), want), config
 
     @pytest.mark.parametrize("beyond", [0, 1])
     def test_far_channels_are_reached_or_refused(
-        self, kernel: ConvKernel, target: TargetSpec, beyond: int
+        self, kernel: ConvKernel[Any], target: TargetSpec, beyond: int
     ) -> None:
         """The last block of channels that 16 bits can address, and the first that they can't."""
         channels = addressable_channels(target.lanes) + beyond
@@ -368,7 +375,7 @@ class ConvKernelContract:
 
     @pytest.mark.parametrize("kernel_size", [1, 3])
     def test_large_planes_have_configurations(
-        self, kernel: ConvKernel, target: TargetSpec, kernel_size: int
+        self, kernel: ConvKernel[Any], target: TargetSpec, kernel_size: int
     ) -> None:
         """64 channels of 224x224: all that is offered can be packed, however full the weight."""
         pad = kernel_size // 2
@@ -381,27 +388,27 @@ class ConvKernelContract:
         )
         weight = np.ones((4, 64, kernel_size, kernel_size), np.float32)
         workload = sparse_enough(make_workload(case, weight))
-        views = make_views(case, workload, target.lanes)
-        found = kernel.knobs(workload, target, views)
+        site = ConvSite(workload, make_views(case, workload, target.lanes), target)
+        found = kernel.knobs(site)
         assert found
         for config in spread(found):
-            kernel.pack(weight, workload, config, views, 1)
+            kernel.pack(site, config, weight)
 
     @pytest.mark.parametrize("name", ["density_0.3", "depthwise_times_4", "many_inputs"])
     def test_most_promising_knobs_come_first(
-        self, kernel: ConvKernel, target: TargetSpec, name: str
+        self, kernel: ConvKernel[Any], target: TargetSpec, name: str
     ) -> None:
         """By the estimate, in microseconds; nothing comes twice."""
         problem = make_problem(CASES[name], target.lanes)
-        w, views = problem.workload, problem.views
-        found = kernel.knobs(w, target, views)
-        estimates = [kernel.estimate_us(w, target, views, config) for config in found]
+        site = site_of(problem, target)
+        found = kernel.knobs(site)
+        estimates = [kernel.estimate_us(site, config) for config in found]
         assert all(0 < us < math.inf for us in estimates)
         assert estimates[0] == min(estimates)
         assert len(set(found)) == len(found)
 
     def test_sparse_kernels_refuse_full_weights(
-        self, kernel: ConvKernel, target: TargetSpec
+        self, kernel: ConvKernel[Any], target: TargetSpec
     ) -> None:
         """With the density as the reason."""
         workload = make_problem(CASES["density_1"], target.lanes).workload
@@ -413,14 +420,15 @@ class ConvKernelContract:
             assert why is None
 
     def test_tiles_that_do_not_divide_are_refused(
-        self, kernel: ConvKernel, target: TargetSpec
+        self, kernel: ConvKernel[Any], target: TargetSpec
     ) -> None:
         """`fits` says so, and nothing is built."""
         problem = make_problem(CASES["density_0.3"], target.lanes)
-        w, views = problem.workload, problem.views
-        config = replace(kernel.knobs(w, target, views)[0], rows=views.y.layout.grid.rows + 1)
-        assert not kernel.fits(w, config, views)
+        site = site_of(problem, target)
+        rows = problem.views.y.layout.grid.rows
+        config = replace(kernel.knobs(site)[0], rows=rows + 1)
+        assert not kernel.fits(site, config)
         with pytest.raises(ValueError, match="does not fit"):
-            kernel.pack(problem.weight, w, config, views, 1)
+            kernel.pack(site, config, problem.weight)
         with pytest.raises(ValueError, match="does not fit"):
-            kernel.prim_func("kernel", w, config, views, 1)
+            kernel.prim_func(site, config, "kernel")

@@ -31,11 +31,12 @@ def configs(
 ) -> list[DirectConfig]:
     """The configurations of one kernel."""
     x, y = views.x.layout, views.y.layout
+    estimator = Estimator(workload, spec, x, y)
     if space == "sparse":
-        return sparse_configs(workload, spec, x, y)
+        return sparse_configs(estimator)
     if space == "block":
-        return block_configs(workload, spec, x, y, 4)
-    return dense_configs(workload, spec, x, y)
+        return block_configs(estimator, 4)
+    return dense_configs(estimator)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -107,7 +108,7 @@ def test_estimates_grow_with_the_work() -> None:
     problem = make_problem(ConvCase(channels=64, plane=(28, 28), outputs=64), spec.lanes)
     w, views = problem.workload, problem.views
     layouts = views.x.layout, views.y.layout
-    config = sparse_configs(w, spec, *layouts)[0]
+    config = sparse_configs(Estimator(w, spec, *layouts))[0]
     denser = replace(w, sparsity=replace(w.sparsity, density=2 * w.sparsity.density))
     twice = replace(w, out_channels=2 * w.out_channels)
     base = Estimator(w, spec, *layouts)
@@ -126,7 +127,7 @@ def test_blocks_of_inputs_stay_within_16_bits(spec: TargetSpec) -> None:
     y = LaneLayout(8, grid)
     workload = replace(problem.workload, height=512, width=512)
     vectors = x.channel_stride // spec.lanes
-    for config in sparse_configs(workload, spec, x, y):
+    for config in sparse_configs(Estimator(workload, spec, x, y)):
         assert config.in_block == 1 or config.in_block * vectors <= 1 << 16
 
 
