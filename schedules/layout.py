@@ -194,6 +194,10 @@ class View:
         """Where the first channel starts."""
         return self.first * self.layout.channel_stride
 
+    def at(self, image: Any, channel: Any) -> Any:
+        """Where a channel of the view starts, in an image of the batch."""
+        return image * self.layout.size + self.base + channel * self.layout.channel_stride
+
 
 def whole(layout: LaneLayout) -> View:
     """All channels of a buffer."""

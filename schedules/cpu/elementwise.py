@@ -35,8 +35,7 @@ def affine_prim_func(
         y = emit.argument("y", batch * b.size)
         with emit.loop(batch * y_view.count, threads) as p:
             image, channel = p // y_view.count, p % y_view.count
-            x_base = image * a.size + x_view.base + channel * a.channel_stride
-            y_base = image * b.size + y_view.base + channel * b.channel_stride
+            x_base, y_base = x_view.at(image, channel), y_view.at(image, channel)
             with T.serial(0, b.grid.rows) as yi, T.serial(0, b.grid.cols) as xi:
                 value = x[emit.ramp(x_base + a.offset(yi, xi), lanes)]
                 if scale is not None and shift is not None:
@@ -67,9 +66,7 @@ def add_prim_func(
         y = emit.argument("y", batch * y_view.layout.size)
         with emit.loop(batch * y_view.count, threads) as p:
             image, channel = p // y_view.count, p % y_view.count
-            base = [
-                image * v.layout.size + v.base + channel * v.layout.channel_stride for v in views
-            ]
+            base = [view.at(image, channel) for view in views]
             grid = y_view.layout.grid
             with T.serial(0, grid.rows) as yi, T.serial(0, grid.cols) as xi:
                 at = [

@@ -72,12 +72,12 @@ def write_halo(y: Any, view: View, batch: int, threads: int) -> None:
     fixes = halo_fixes(layout)
     if not fixes:
         return
-    lanes, stride = layout.grid.lanes, layout.channel_stride
+    lanes = layout.grid.lanes
     column = layout.offset(0, 1) - layout.offset(0, 0)
     row = layout.offset(1, 0) - layout.offset(0, 0)
     fill = splat(layout.fill, lanes)
     with loop(batch * view.count, threads) as p:
-        base = p // view.count * layout.size + p % view.count * stride + view.base
+        base = view.at(p // view.count, p % view.count)
         for fix in fixes:
             target = base + layout.offset(fix.row, fix.col)
             source = base + layout.offset(fix.source_row, fix.source_col)

@@ -51,8 +51,7 @@ def pool_prim_func(
         y = emit.argument("y", batch * b.size)
         with emit.loop(batch * y_view.count, threads) as p:
             image, channel = p // y_view.count, p % y_view.count
-            x_base = image * a.size + x_view.base + channel * a.channel_stride
-            y_base = image * b.size + y_view.base + channel * b.channel_stride
+            x_base, y_base = x_view.at(image, channel), y_view.at(image, channel)
             with T.serial(0, b.grid.rows) as yi, T.serial(0, b.grid.cols) as xi:
                 at = x_base + a.offset(yi * strides[0], xi * strides[1])
                 to = emit.ramp(y_base + b.offset(yi, xi), lanes)
@@ -112,7 +111,7 @@ def global_average_prim_func(name: str, x_view: View, *, batch: int, threads: in
         y = emit.argument("y", batch * x_view.count)
         with emit.loop(batch * x_view.count, threads) as p:
             image, channel = p // x_view.count, p % x_view.count
-            base = image * layout.size + x_view.base + channel * layout.channel_stride
+            base = x_view.at(image, channel)
             T.buffer_store(y, T.float32(0), [p])
             for run in runs:
                 with T.serial(0, run.rows) as r:

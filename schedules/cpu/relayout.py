@@ -45,12 +45,12 @@ def to_lanes_tables(
     return gather_tables(pixels[:: strides[0], :: strides[1]], target)
 
 
-def _strides(layout: PlainLayout | LaneLayout) -> tuple[int, int]:
-    """(per image, per channel) distances in values."""
-    if isinstance(layout, LaneLayout):
-        return layout.size, layout.channel_stride
-    plane = layout.shape[2] * layout.shape[3]
-    return layout.shape[1] * plane, plane
+def _channel_at(source: PlainLayout | View, image: Any, channel: Any) -> Any:
+    """Where a channel starts in the flat buffer."""
+    if isinstance(source, View):
+        return source.at(image, channel)
+    channels, height, width = source.shape[1:]
+    return (image * channels + channel) * (height * width)
 
 
 def to_lanes_prim_func(
@@ -63,10 +63,7 @@ def to_lanes_prim_func(
 ) -> Any:
     """f(x, starts, picks, y): halo included."""
     layout, lanes = target.layout, target.layout.grid.lanes
-    x_layout = source.layout if isinstance(source, View) else source
-    x_image, x_channel = _strides(x_layout)
-    x_first = source.base if isinstance(source, View) else 0
-    x_size = batch * x_layout.size if isinstance(source, View) else x_layout.size
+    x_size = batch * source.layout.size if isinstance(source, View) else source.size
     top, left, bottom, right = layout.halo
     vectors = (layout.grid.rows + top + bottom) * (layout.grid.cols + left + right)
     with emit.prim_func(name) as builder:
@@ -76,8 +73,8 @@ def to_lanes_prim_func(
         y = emit.argument("y", batch * layout.size)
         with emit.loop(batch * target.count, threads) as p:
             image, channel = p // target.count, p % target.count
-            x_base = image * x_image + channel * x_channel + x_first
-            y_base = image * layout.size + target.base + channel * layout.channel_stride
+            x_base = _channel_at(source, image, channel)
+            y_base = target.at(image, channel)
             with T.serial(0, vectors) as v, T.vectorized(0, lanes) as lane:
                 pick = picks[v * lanes + lane]
                 value = tirx.if_then_else(pick >= 0, x[x_base + pick], T.float32(layout.fill))
@@ -100,7 +97,7 @@ def from_lanes_prim_func(name: str, source: View, *, batch: int, threads: int) -
         y = emit.argument("y", batch * source.count * plane)
         with emit.loop(batch * source.count, threads) as p:
             image, channel = p // source.count, p % source.count
-            base = image * layout.size + source.base + channel * layout.channel_stride
+            base = source.at(image, channel)
             with T.serial(0, plane) as i:
                 T.buffer_store(y, x[base + picks[i]], [p * plane + i])
     return builder.get()
