@@ -24,6 +24,8 @@ from topiarist.compiler.onnx_operators import CONVERTERS, OnnxCall
 from topiarist.compiler.relax_calls import array_of, is_constant, operator_of, shape_of
 from topiarist.errors import ModelError
 
+WINDOWED = ("Conv", "MaxPool", "AveragePool")
+
 
 def import_graph(model: onnx.ModelProto, batch_changed_from: int | None) -> tvm.IRModule:
     """One Relax function `main`; raises ModelError that names the first node that can't be."""
@@ -47,6 +49,18 @@ def _name_aliases(function: Any, names: dict[str, str]) -> None:
         for binding in block.bindings:
             if isinstance(binding.value, relax.Var) and binding.value.name in names:
                 names.setdefault(binding.var.name, names[binding.value.name])
+
+
+def _refuse_empty(node: onnx.NodeProto, expr: Any) -> None:
+    """Raise ModelError where a window is larger than what it slides over."""
+    if node.op_type not in WINDOWED or not isinstance(expr.ty, relax.TensorType):
+        return
+    shape = [int(d) for d in expr.ty.shape]
+    if min(shape) < 1:
+        raise ModelError(
+            f"{node.op_type} node {node.name!r} has an empty output of shape {shape}: its window "
+            "is larger than its padded input. Check the model's input size."
+        )
 
 
 class _Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
@@ -105,6 +119,7 @@ class _Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
             ) from error
         if isinstance(expr, relax.Tuple):
             return list(expr.fields)
+        _refuse_empty(node, expr)
         if isinstance(expr.ty, relax.TupleType):
             whole = self.bb.emit(expr)
             return [relax.TupleGetItem(whole, i) for i in range(len(expr.ty.fields))]

@@ -569,6 +569,12 @@ class TestRefusedModels:
         y = net.conv(net.input(1, 3, 8, 8), 4, 3, name="first")
         assert "'second'" in refused(net.model(net.conv(y, 4, 5, name="second")))
 
+    def test_window_larger_than_its_input(self) -> None:
+        net = Net()
+        wide = {"dilations": [3, 2], "pads": [1, 2, 1, 2], "name": "wide"}
+        y = net.conv(net.input(1, 1, 4, 4), 1, 1, **wide)
+        assert "'wide' has an empty output" in refused(net.model(y))
+
     def test_indices_of_a_pool(self) -> None:
         net = Net()
         y = net.conv(net.input(1, 3, 8, 8), 4, 3)
