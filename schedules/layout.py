@@ -50,11 +50,6 @@ class Grid:
         """Values per vector."""
         return self.sy * self.sx
 
-    @property
-    def coverage(self) -> float:
-        """Share of the lanes that hold a pixel."""
-        return self.height * self.width / (self.rows * self.cols * self.lanes)
-
     def lane_pixels(self, row: int, col: int) -> tuple[IntArray, IntArray]:
         """The pixel (y, x) in each lane of vector (row, col), which may lie in the halo."""
         lane = np.arange(self.lanes)
@@ -138,10 +133,6 @@ class LaneLayout:
         tile_index = row // r * (self.grid.cols // v) + col // v
         return tile_index * self.channels * self.channel_stride + (row % r * v + col % v) * lanes
 
-    def with_channels(self, channels: int) -> LaneLayout:
-        """The same layout for another number of channels."""
-        return replace(self, channels=channels)
-
     def pack(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
         """[N, C, H, W] -> the flat buffer, halo included (what a correct kernel writes)."""
         n = image.shape[0]
@@ -176,9 +167,6 @@ class LaneLayout:
     def __str__(self) -> str:
         order = f"tile{self.tile[0]}x{self.tile[1]}" if self.tile else f"halo{self.halo}"
         return f"lanes({self.grid} {order})"
-
-
-Layout = PlainLayout | LaneLayout
 
 
 @dataclass(frozen=True)

@@ -76,17 +76,6 @@ class ConvWorkload:
         return (size + padding - reach) // self.strides[axis] + 1
 
     @property
-    def macs(self) -> int:
-        """Multiply-adds of the dense convolution."""
-        taps = self.kernel[0] * self.kernel[1] * self.in_channels // self.groups
-        return self.batch * self.out_channels * self.out_height * self.out_width * taps
-
-    @property
-    def nonzero_macs(self) -> int:
-        """Multiply-adds on nonzero weights."""
-        return round(self.macs * self.sparsity.density)
-
-    @property
     def pointwise(self) -> bool:
         """Whether no tap needs a neighbouring pixel."""
         return self.kernel == (1, 1) and not any(self.padding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -138,4 +139,4 @@ def lane_splits(lanes: int) -> list[tuple[int, int]]:
 def part_of(layout: LaneLayout, first: int, extra: int) -> View:
     """All channels of the layout as channels `first...` of a buffer with `extra` more after."""
     count = layout.channels
-    return View(layout.with_channels(first + count + extra), first, count)
+    return View(replace(layout, channels=first + count + extra), first, count)

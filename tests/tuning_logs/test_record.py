@@ -113,7 +113,7 @@ def test_target_key():
 
 def test_a_convolution(workload):
     layout = LaneLayout(64, make_grid(14, 14, 2, 4), (1, 1, 1, 1))
-    wide = layout.with_channels(256)
+    wide = replace(layout, channels=256)
     views = ConvViews(View(wide, 128, 64), whole(layout), in_place=True)
     kernel, config = conv_kernel("direct_sparse"), DirectConfig(1, 4, 1, 32)
     target = TargetKey.of(registry.get("x86-avx2"), 1)
