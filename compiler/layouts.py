@@ -21,7 +21,7 @@ from topiarist.compiler.graph import (
     View,
 )
 from topiarist.compiler.lattice import Lattice, laned_values, largest_tile, strides_of
-from topiarist.schedules.layout import Halo, LaneLayout, PlainLayout
+from topiarist.schedules.layout import Halo, LaneLayout, PlainLayout, halo_of_taps
 from topiarist.schedules.layout import View as ChannelView
 
 TILE_VECTORS = 14  # larger storage tiles spread a channel over more cache lines than a tile reads
@@ -70,15 +70,11 @@ class _Want:
 
 
 def halo_of(node: Conv | Pool) -> Halo:
-    """Rows and columns beyond the sub-images that the layer's taps reach into."""
-    kernel = node.weight.shape[2:] if isinstance(node, Conv) else node.kernel
-    dilation = node.dilation if isinstance(node, Conv) else (1, 1)
-    top, left = node.padding[:2]
-    after = [
-        max(0, (k - 1) * d - before - (s - 1))
-        for k, d, s, before in zip(kernel, dilation, node.strides, (top, left), strict=True)
-    ]
-    return top, left, after[0], after[1]
+    """The halo that the layer's input needs."""
+    if isinstance(node, Pool):
+        return halo_of_taps(node.kernel, node.strides, node.padding)
+    kh, kw = node.weight.shape[2:]
+    return halo_of_taps((kh, kw), node.strides, node.padding, node.dilation)
 
 
 def pads(node: Pool, graph: Graph) -> bool:

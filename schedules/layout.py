@@ -64,6 +64,19 @@ def make_grid(height: int, width: int, sy: int, sx: int) -> Grid:
     return Grid(height, width, sy, sx, -(-height // sy), -(-width // sx))
 
 
+def halo_of_taps(
+    kernel: tuple[int, int],
+    strides: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int] = (1, 1),
+) -> Halo:
+    """Rows and columns beyond the sub-images that the taps of a window reach into."""
+    top, left = padding[:2]
+    sizes = zip(kernel, dilation, strides, (top, left), strict=True)
+    after = [max(0, (k - 1) * d - before - (s - 1)) for k, d, s, before in sizes]
+    return top, left, after[0], after[1]
+
+
 @dataclass(frozen=True)
 class PlainLayout:
     """Row-major, no padding."""

@@ -19,7 +19,13 @@ from tvm.script.ir_builder import tirx as T
 
 from topiarist.schedules.cpu import emit
 from topiarist.schedules.kernel import ConvViews, KernelConfig
-from topiarist.schedules.layout import LaneLayout, TileAddress, tile_address
+from topiarist.schedules.layout import (
+    Halo,
+    LaneLayout,
+    TileAddress,
+    halo_of_taps,
+    tile_address,
+)
 from topiarist.schedules.workload import ConvWorkload
 
 FloatArray = NDArray[np.float32]
@@ -79,12 +85,10 @@ def refuses_views(workload: ConvWorkload, views: ConvViews) -> str | None:
     return None
 
 
-def required_halo(workload: ConvWorkload) -> tuple[int, int, int, int]:
-    """Rows and columns of halo (top, left, bottom, right) that the taps reach into."""
-    top, left = workload.padding[:2]
-    sizes = zip(workload.kernel, workload.dilation, workload.strides, (top, left), strict=True)
-    after = [max(0, (k - 1) * d - before - (s - 1)) for k, d, s, before in sizes]
-    return top, left, after[0], after[1]
+def required_halo(workload: ConvWorkload) -> Halo:
+    """The halo that the input of a convolution needs."""
+    w = workload
+    return halo_of_taps(w.kernel, w.strides, w.padding, w.dilation)
 
 
 def _geometry(workload: ConvWorkload, config: DirectConfig, views: ConvViews) -> _Geometry | None:
