@@ -143,8 +143,8 @@ def _differences(mine: Array, reference: Array) -> tuple[float, float]:
 def _top1_agreement(ours: list[Array], theirs: list[Array]) -> float | None:
     """Over all outputs of scores: share of rows with the same largest class."""
     rows = [
-        a.argmax(axis=1) == b.argmax(axis=1)
+        (a.argmax(axis=1) == b.argmax(axis=1)).ravel()
         for a, b in zip(ours, theirs, strict=True)
-        if a.ndim == 2 and a.shape[0] > 0 and a.shape[1] > 1
+        if a.ndim >= 2 and a.shape[0] > 0 and a.shape[1] > 1 and set(a.shape[2:]) <= {1}
     ]
     return float(np.concatenate(rows).mean()) if rows else None

@@ -102,6 +102,8 @@ def test_top1_agreement() -> None:
     assert compare_one(SCORES, SCORES[:, ::-1]).top1_agreement == 0.0
     assert compare_one(SCORES, SCORES[[0, 0]]).top1_agreement == 0.5
     assert compare_one(SCORES[None], SCORES[None]).top1_agreement is None
+    maps = SCORES[:, :, None, None]  # as of a network that ends in a global pool
+    assert compare_one(maps, maps[[0, 0]]).top1_agreement == 0.5
 
 
 def test_shapes_must_agree() -> None:
