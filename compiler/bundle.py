@@ -13,7 +13,6 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -181,7 +180,7 @@ def _fill(folder: Path, compiled: CompiledModel, source: SourceModel | None) -> 
         layers=compiled.layers,
         files={name: _describe(folder / name) for name in (LIBRARY, WEIGHTS)},
         source=source,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=compiled.created,
     )
     (folder / MANIFEST).write_text(manifest.dumps(), encoding="utf-8")
 
