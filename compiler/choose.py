@@ -246,9 +246,9 @@ class Chooser:
         measured = MeasureInput.of_conv(
             workload, kernel, config, views, self._device, self._versions
         )
-        known = None if self.log is None else self.log.lookup(measured.key)
-        if known is not None and known.status == "ok":
-            return Candidate(kernel.name, config, known.run_us)
+        known = None if self.log is None else self.log.find(measured)
+        if known is not None and known.record.status == "ok":
+            return Candidate(kernel.name, config, known.record.run_us)
         packed = kernel.pack(site, config, node.weight)
         name = self.parts.convolution(kernel, site, config)
         args: list[Any] = [_ref("x", views.x, workload.batch), *packed, node.bias]
