@@ -27,3 +27,11 @@ class BuildError(TopiaristError):
 
 class TuningLogError(TopiaristError):
     """A tuning log is missing or altered, or was written by a newer version."""
+
+
+class NewerLogError(TuningLogError):
+    """A tuning record is of a schema that this version does not know; an upgrade reads it."""
+
+
+class MissingRecordsError(TopiaristError):
+    """The tuning logs are sound and lack records that were needed."""
