@@ -64,7 +64,7 @@ def compile_model(
     spec = registry.get(target) if isinstance(target, str) else target
     mode: Mode = "strict" if strict else "measure" if measure else "estimate"
     if mode == "measure":
-        _require_measurable(spec)
+        require_measurable(spec)
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     if output is not None:
@@ -106,7 +106,7 @@ def compile_model(
     return compiled
 
 
-def _require_measurable(spec: TargetSpec) -> None:
+def require_measurable(spec: TargetSpec) -> None:
     """Kernels are timed here, so this machine has to be able to run them."""
     reason = runs_here(spec)
     if reason is not None:

@@ -177,21 +177,19 @@ class Worker:
         if code is not None and code < 0:
             with contextlib.suppress(ValueError):
                 how = signal.Signals(-code).name
-        status: Status = "wrong_result" if stage == "run" else "build_error"
-        return Outcome((), status, f"the process died with {how} in {stage}")
+        return Outcome((), "crash", f"the process died with {how} in {stage}")
 
 
 def serve(connection: Connection, threads: int, parent: int) -> None:
     """The other process: answers batches until nobody asks any more."""
+    from topiarist.compiler.runtime import pinned
+
     _end_with(parent)
-    _pin(threads)
-    bench = _Bench(connection, threads)
-    while True:
-        try:
+    with pinned(threads), contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
+        bench = _Bench(connection, threads)
+        while True:
             layer, variants = connection.recv()
             connection.send(bench.measure(layer, variants))
-        except (EOFError, ConnectionError, KeyboardInterrupt):
-            return
 
 
 def _end_with(parent: int) -> None:
@@ -200,13 +198,6 @@ def _end_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:
         raise SystemExit
-
-
-def _pin(threads: int) -> None:
-    """Stay on as many cores as there are threads: the last ones, the first has interrupts."""
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, cores[-threads:])
 
 
 @dataclass

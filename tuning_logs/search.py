@@ -6,9 +6,10 @@ what they took; the same seed and the same answers give the same proposals.
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -16,7 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from topiarist.tuning_logs.features import Features, columns_of, table
+from topiarist.tuning_logs.features import Features, table
 
 StrategyName = Literal["model", "random", "evolution"]
 STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)
@@ -24,7 +25,15 @@ FLOOR_US = 1e-3  # below it nothing was measured
 
 RANDOM_SHARE = 0.125  # of a model's proposals, against its blind spots
 LEAST_TO_FIT = 6  # measurements before a model says anything
-TREES = {"max_depth": 5, "eta": 0.15, "min_child_weight": 1.0, "subsample": 0.9, "lambda": 1.0}
+REMEMBERED = 2000  # measurements that a model is trained on: the last ones
+TREES = {
+    "objective": "reg:squarederror",
+    "tree_method": "hist",
+    "max_depth": 5,
+    "eta": 0.15,
+    "nthread": 1,
+    "seed": 0,
+}
 ROUNDS = 80
 
 MUTATION = 0.7  # of an evolution's proposals; the others mix two parents
@@ -134,43 +143,34 @@ class History:
     """What layers have taught: features and the logarithm of time over estimate of each record.
 
     A model learns how wrong the estimate is, so what it has learned of one layer helps with the
-    next, and where it knows nothing the estimate decides.
+    next, and where it knows nothing the estimate decides. `columns` are the features it looks at.
     """
 
-    def __init__(self) -> None:
-        self.rows: list[Features] = []
-        self.errors: list[float] = []
-        self._model: tuple[list[str], Any] | None = None
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.columns = list(columns)
+        self._rows: deque[NDArray[np.float32]] = deque(maxlen=REMEMBERED)
+        self._errors: deque[float] = deque(maxlen=REMEMBERED)
+        self._model: Any = None
 
-    def add(self, option: Option, run_us: float) -> None:
+    def add(self, row: NDArray[np.float32], estimate_us: float, run_us: float) -> None:
         """A measurement; what failed teaches nothing."""
-        if not math.isfinite(run_us):
-            return
-        self.rows.append(option.features)
-        self.errors.append(math.log(max(run_us, FLOOR_US) / max(option.estimate_us, FLOOR_US)))
-        self._model = None
+        if math.isfinite(run_us):
+            self._rows.append(row)
+            self._errors.append(math.log(max(run_us, FLOOR_US) / max(estimate_us, FLOOR_US)))
+            self._model = None
 
-    def predict(self, options: Sequence[Option]) -> NDArray[np.float64] | None:
-        """Microseconds of each candidate; None before there is enough to learn from."""
-        if len(self.rows) < LEAST_TO_FIT:
+    def errors(self, rows: NDArray[np.float32]) -> NDArray[np.float64] | None:
+        """The logarithms of time over estimate; None before there is enough to learn from."""
+        if len(self._rows) < LEAST_TO_FIT or not len(rows):
             return None
-        columns, model = self._fitted()
-        from xgboost import DMatrix
+        import xgboost
 
-        rows = DMatrix(table([option.features for option in options], columns))
-        estimates = np.array([max(option.estimate_us, FLOOR_US) for option in options])
-        return np.asarray(estimates * np.exp(model.predict(rows)), np.float64)
-
-    def _fitted(self) -> tuple[list[str], Any]:
         if self._model is None:
-            import xgboost
-
-            columns = columns_of(self.rows)
-            data = xgboost.DMatrix(table(self.rows, columns), label=np.array(self.errors))
-            settings = {**TREES, "objective": "reg:squarederror", "nthread": 1, "seed": 0}
-            settings["base_score"] = float(np.mean(self.errors))
-            self._model = columns, xgboost.train(settings, data, num_boost_round=ROUNDS)
-        return self._model
+            labels = np.array(self._errors)
+            data = xgboost.DMatrix(np.stack(self._rows), label=labels)
+            settings = TREES | {"base_score": float(labels.mean())}
+            self._model = xgboost.train(settings, data, num_boost_round=ROUNDS)
+        return np.asarray(self._model.predict(xgboost.DMatrix(rows)), np.float64)
 
 
 class ModelGuided(Strategy):
@@ -182,15 +182,22 @@ class ModelGuided(Strategy):
     def __init__(self, options: Sequence[Option], seed: int, history: History) -> None:
         super().__init__(options, seed)
         self.history = history
+        self._table = table([option.features for option in options], history.columns)
+        self._estimates = np.array([max(option.estimate_us, FLOOR_US) for option in options])
 
     def observe(self, index: int, run_us: float) -> None:
         """Also teaches the model."""
         super().observe(index, run_us)
-        self.history.add(self.options[index], run_us)
+        self.history.add(self._table[index], self.options[index].estimate_us, run_us)
+
+    def expected_us(self) -> NDArray[np.float64] | None:
+        """What each candidate of `left` would take; None while there is no model."""
+        left = self.left
+        errors = self.history.errors(self._table[left])
+        return None if errors is None else self._estimates[left] * np.exp(errors)
 
     def _propose(self, count: int) -> list[int]:
-        left = self.left
-        times = self.history.predict([self.options[index] for index in left]) if left else None
+        left, times = self.left, self.expected_us()
         if times is None:
             return self._by_estimate(count)
         blind = int(self.random.binomial(count, RANDOM_SHARE))
@@ -202,12 +209,8 @@ class ModelGuided(Strategy):
         queues: dict[str, list[int]] = defaultdict(list)
         for index in sorted(self.left, key=lambda i: (self.options[i].estimate_us, i)):
             queues[self.options[index].kernel].append(index)
-        found: list[int] = []
-        while len(found) < count:
-            for queue in queues.values():
-                if queue and len(found) < count:
-                    found.append(queue.pop(0))
-        return found
+        in_turns = itertools.chain.from_iterable(itertools.zip_longest(*queues.values()))
+        return [index for index in in_turns if index is not None][:count]
 
 
 def make_strategy(
