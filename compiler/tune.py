@@ -57,7 +57,7 @@ from topiarist.tuning_logs.search import (
 from topiarist.tuning_logs.sources import TuningLogs
 
 BATCH = 8  # candidates whose repeats are interleaved
-RETRIES = 2  # of a batch that the machine was disturbed in
+RETRIES = 1  # of a batch that the machine was disturbed in
 AGREE = 1.15  # two measurements of one thing that differ by more contradict each other
 HOPELESS_LAYOUTS = 1.15  # times the best layouts' time: not searched any further
 PATIENCE = 3  # batches without a gain after which a layer is left
@@ -277,7 +277,7 @@ class Tuner:
         self.measured = self.disturbed = 0
         self.failed: Counter[str] = Counter()
         self.reused = sum(self._recall(task) for task in tasks)
-        self._quiet_s = math.inf  # the reference kernel's time on the undisturbed machine
+        self._references: list[float] = []  # the reference kernel's seconds around each batch
 
     def _recall(self, task: Task) -> int:
         """Take what the logs know of a task, but for what has to be measured again."""
@@ -336,12 +336,12 @@ class Tuner:
             task.observe(i, typical_us(outcome.seconds) if outcome.status == "ok" else math.inf)
 
     def _drift(self, reference: Sequence[float]) -> float | None:
-        """The reference kernel's time over that on the undisturbed machine, None without any."""
+        """The reference kernel's time over its usual one, None without any."""
         if not reference:
             return None
         median = float(np.median(reference))
-        self._quiet_s = min(self._quiet_s, median)
-        return median / self._quiet_s
+        self._references.append(median)
+        return max(median / (typical_us(self._references) * 1e-6), 1.0)
 
     def _next(self) -> Task | None:
         """The task where the most is to be gained, None if all are done."""

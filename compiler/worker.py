@@ -123,9 +123,9 @@ class Worker:
 
     def _attempt(self, layer: Layer, variants: list[Variant]) -> Batch | tuple[int, Outcome]:
         """The batch, or which variant ended the process and how."""
-        stage: Stage = "start" if self._process is None else "prepare"
-        at: int | None = None
         connection = self._started()
+        stage: Stage = "start"
+        at: int | None = None
         try:
             connection.send((layer, variants))
             while True:
@@ -148,6 +148,8 @@ class Worker:
         return at, outcome
 
     def _started(self) -> Connection:
+        if self._process is not None and not self._process.is_alive():  # somebody ended it
+            self.close()
         if self._connection is None:
             context = multiprocessing.get_context("spawn")
             self._connection, theirs = context.Pipe()

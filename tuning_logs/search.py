@@ -159,6 +159,10 @@ class History:
             self._errors.append(math.log(max(run_us, FLOOR_US) / max(estimate_us, FLOOR_US)))
             self._model = None
 
+    def learn(self, option: Option, run_us: float) -> None:
+        """A measurement of a candidate that no search of this history has."""
+        self.add(table([option.features], self.columns)[0], option.estimate_us, run_us)
+
     def errors(self, rows: NDArray[np.float32]) -> NDArray[np.float64] | None:
         """The logarithms of time over estimate; None before there is enough to learn from."""
         if len(self._rows) < LEAST_TO_FIT or not len(rows):
