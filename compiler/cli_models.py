@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from uuid import uuid4
 
 import typer
 
@@ -19,13 +18,12 @@ from topiarist.compiler.cli_output import (
     print_table,
     progress_bar,
     say,
+    write_file,
 )
 from topiarist.errors import ModelError, OutputError
 from topiarist.targets import registry
 
 if TYPE_CHECKING:
-    import onnx
-
     from topiarist.compiler.analysis import LayerReport
     from topiarist.compiler.compiled import CompiledModel
     from topiarist.compiler.estimate import LayerEstimate
@@ -160,7 +158,7 @@ def prune(
     pruned, layers = prune_model(
         load_onnx(model), density=density, pattern=pattern, layer_density=overrides
     )
-    _save(pruned, output)
+    write_file(output, pruned.SerializeToString())
     if as_json:
         print_json({"output": str(output), "layers": [vars(layer) for layer in layers]})
         return
@@ -184,18 +182,6 @@ def parse_layer_density(text: str) -> tuple[str, float]:
     except ValueError:
         pass
     raise ValueError(f"--layer-density takes NAME=DENSITY such as conv1=0.5, got {text!r}")
-
-
-def _save(model: onnx.ModelProto, output: Path) -> None:
-    """Write the model aside and rename it: never half a model under its name."""
-    aside = output.with_name(f".{output.name}.{uuid4().hex[:8]}")
-    try:
-        aside.write_bytes(model.SerializeToString())
-        aside.replace(output)
-    except OSError as error:
-        raise OutputError(f"can't write {output}: {error.strerror}") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _check_folder(output: Path) -> None:

@@ -37,13 +37,8 @@ class TuningLogs:
         return [defect for log in self.logs for defect in log.defects]
 
     def read(self) -> Iterator[TuningRecord]:
-        """All records of all logs, one log after the other; repeated ones once."""
-        seen = set()
-        for log in self.logs:
-            for record in log.read():
-                if record.id not in seen:
-                    seen.add(record.id)
-                    yield record
+        """All records of all logs; see `read_all`."""
+        return read_all(self.logs)
 
     def find(
         self, what: MeasureInput, measured: Measured = "alone", *, loosest: Level = "near"
@@ -64,6 +59,16 @@ class TuningLogs:
         return [r for log in reversed(self.logs) for r in log.history(what, measured)]
 
 
+def read_all(logs: Iterable[TuningLog]) -> Iterator[TuningRecord]:
+    """The records of logs, one log after the other; repeated ones once."""
+    seen = set()
+    for log in logs:
+        for record in log.read():
+            if record.id not in seen:
+                seen.add(record.id)
+                yield record
+
+
 def open_logs(path: Path | None, target: TargetSpec, *, shipped: bool = True) -> TuningLogs:
     """The logs to ask about a target: a path's, then those that came with the package.
 
@@ -72,7 +77,7 @@ def open_logs(path: Path | None, target: TargetSpec, *, shipped: bool = True) ->
     """
     path = user_folder() if path is None else path
     own = default_log(target, path) if is_folder(path) else path
-    beside = sorted(path.glob(f"*{SUFFIX}")) if is_folder(path) else []
+    beside = logs_in(path) if is_folder(path) else []
     others = [*beside, *(shipped_logs(target) if shipped else ())]
     return TuningLogs(TuningLog(own), [TuningLog(p) for p in others if p != own])
 
@@ -94,4 +99,9 @@ def default_log(target: TargetSpec, folder: Path | None = None) -> Path:
 
 def shipped_logs(target: TargetSpec, folder: Path = SHIPPED) -> list[Path]:
     """The committed logs for the target's instruction set."""
-    return sorted((folder / f"{target.family}-{target.isa}").glob(f"*{SUFFIX}"))
+    return logs_in(folder / f"{target.family}-{target.isa}")
+
+
+def logs_in(folder: Path) -> list[Path]:
+    """The logs in a folder, by name."""
+    return sorted(folder.glob(f"*{SUFFIX}"))

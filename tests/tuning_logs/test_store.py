@@ -13,7 +13,7 @@ from pathlib import Path
 import filelock
 import pytest
 
-from topiarist.errors import NewerLogError, OutputError, TuningLogError
+from topiarist.errors import MissingRecordsError, NewerLogError, OutputError, TuningLogError
 from topiarist.tuning_logs import lines, store
 from topiarist.tuning_logs.index import Site
 from topiarist.tuning_logs.store import TuningLog
@@ -313,7 +313,7 @@ def test_merge_is_a_union_whichever_way(tmp_path, record):
         assert logs[order[0]].merge([logs[order[1]].path]) == 0
     assert merged[0] == merged[1] == merged[2]
     assert {r.id for r in log.read()} <= {r.id for r in records}
-    with pytest.raises(TuningLogError, match=r"no tuning log .*none\.jsonl"):
+    with pytest.raises(MissingRecordsError, match=r"no tuning log .*none\.jsonl"):
         log.merge([tmp_path / "none.jsonl"])
 
 
