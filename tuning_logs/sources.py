@@ -7,11 +7,12 @@ from pathlib import Path
 
 import platformdirs
 
+from topiarist.errors import MissingRecordsError, TopiaristError, TuningLogError
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.index import Level, Site
 from topiarist.tuning_logs.lines import Defect
 from topiarist.tuning_logs.record import Measured, MeasureInput, TuningRecord
-from topiarist.tuning_logs.store import Match, TuningLog
+from topiarist.tuning_logs.store import Match, TuningLog, Usable, anything
 
 SUFFIX = ".jsonl"
 SHIPPED = Path(__file__).parent  # has a folder of logs for each instruction set
@@ -41,18 +42,42 @@ class TuningLogs:
         return read_all(self.logs)
 
     def find(
-        self, what: MeasureInput, measured: Measured = "alone", *, loosest: Level = "near"
+        self,
+        what: MeasureInput,
+        measured: Measured = "alone",
+        *,
+        loosest: Level = "near",
+        usable: Usable = anything,
     ) -> Match | None:
         """The record that answers best for a candidate; see `TuningLog.find`."""
-        found = (log.find(what, measured, loosest=loosest) for log in self.logs)
+        found = (log.find(what, measured, loosest=loosest, usable=usable) for log in self.logs)
         return min((match for match in found if match), key=lambda m: m.rank, default=None)
 
     def best(
-        self, site: Site, measured: Measured = "alone", *, loosest: Level = "near"
+        self,
+        site: Site,
+        measured: Measured = "alone",
+        *,
+        loosest: Level = "near",
+        usable: Usable = anything,
     ) -> list[Match]:
         """The records that compete at a site, fastest first; see `TuningLog.best`."""
-        found = (log.best(site, measured, loosest=loosest) for log in self.logs)
+        found = (log.best(site, measured, loosest=loosest, usable=usable) for log in self.logs)
         return min((matches for matches in found if matches), key=lambda m: m[0].rank, default=[])
+
+    def not_found(self, what: str) -> TopiaristError:
+        """The error for records that are needed and missing; lines that can't be read may be they.
+
+        `what` says which records. A MissingRecordsError, or a TuningLogError for a broken log.
+        """
+        if not self.defects:
+            return MissingRecordsError(what)
+        count = len(self.defects)
+        lines = "a line" if count == 1 else f"{count} lines"
+        return TuningLogError(
+            f"{what}; but {lines} of the logs can't be read, see `topiarist log check`: "
+            f"{self.defects[0]}"
+        )
 
     def history(self, what: MeasureInput, measured: Measured = "alone") -> list[TuningRecord]:
         """All records of exactly this measurement, those of the first log last."""

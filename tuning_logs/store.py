@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
@@ -36,6 +36,14 @@ MARK_BYTES = 128  # before the place read up to, compared to notice a rewritten 
 KEEP_BEST = 8
 
 
+Usable = Callable[[TuningRecord], bool]
+
+
+def anything(_: TuningRecord) -> bool:
+    """Every record is usable."""
+    return True
+
+
 @dataclass(frozen=True)
 class Match:
     """A record that answers for what was asked, and how well.
@@ -46,13 +54,17 @@ class Match:
     """
 
     record: TuningRecord
-    level: Level
-    density_gap: float
+    rank: Rank
 
     @property
-    def rank(self) -> Rank:
-        """Less is closer."""
-        return LEVELS.index(self.level), self.density_gap
+    def level(self) -> Level:
+        """In what it differs at most."""
+        return LEVELS[self.rank.level]
+
+    @property
+    def density_gap(self) -> float:
+        """Between the two workloads."""
+        return self.rank.density_gap
 
     def __str__(self) -> str:
         what = self.record.input
@@ -117,7 +129,12 @@ class TuningLog:
         return records
 
     def find(
-        self, what: MeasureInput, measured: Measured = "alone", *, loosest: Level = "near"
+        self,
+        what: MeasureInput,
+        measured: Measured = "alone",
+        *,
+        loosest: Level = "near",
+        usable: Usable = anything,
     ) -> Match | None:
         """The record that answers best for a candidate, whatever its status.
 
@@ -127,19 +144,24 @@ class TuningLog:
         with self._current() as file:
             asked = Asked.of(Site.of(what))
             fitting = _fitting(self._index.of_candidate(what), asked, measured, loosest)
-            for (level, gap), entry in fitting:
+            for rank, entry in fitting:
                 record = self._record(file, entry)
-                if record is not None:
-                    return Match(record, LEVELS[level], gap)
+                if record is not None and usable(record):
+                    return Match(record, rank)
         return None
 
     def best(
-        self, site: Site, measured: Measured = "alone", *, loosest: Level = "near"
+        self,
+        site: Site,
+        measured: Measured = "alone",
+        *,
+        loosest: Level = "near",
+        usable: Usable = anything,
     ) -> list[Match]:
         """The records with a time that compete at a site, fastest first, one per candidate.
 
         They are all of one workload, device and version of TVM, so that their times compare: the
-        closest that has any.
+        closest that has any `usable` one.
         """
         with self._current() as file:
             asked = Asked.of(site)
@@ -147,11 +169,10 @@ class TuningLog:
             for rank, entry in _fitting(self._index.of_site(asked), asked, measured, loosest):
                 groups[rank, entry.device, entry.tvm, entry.workload].append(entry)
             for key in sorted(groups):
-                level, gap = key[0]
-                records = self._last_of_each(file, groups[key])
-                if records:
-                    ordered = sorted(records, key=lambda r: (r.run_us, r.id))
-                    return [Match(record, LEVELS[level], gap) for record in ordered]
+                records = filter(usable, self._last_of_each(file, groups[key]))
+                ordered = sorted(records, key=lambda r: (r.run_us, r.id))
+                if ordered:
+                    return [Match(record, key[0]) for record in ordered]
         return []
 
     def history(self, what: MeasureInput, measured: Measured = "alone") -> list[TuningRecord]:
