@@ -22,7 +22,7 @@ from topiarist.compiler.measure import Timer
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Ref
 from topiarist.compiler.recorded import Recorded, strip
-from topiarist.errors import BuildError, MissingRecordsError
+from topiarist.errors import BuildError, MissingRecordsError, TopiaristError
 from topiarist.pruning.patterns import find_pattern
 from topiarist.schedules.cpu import linear, relayout
 from topiarist.schedules.cpu.kernels import MAX_SPARSE_DENSITY
@@ -204,10 +204,23 @@ class Chooser:
                 plans.append(Plan(layouts, self.workloads, choices, total))
         self.progress("time kernels", steps, steps)
         if not plans:
-            raise MissingRecordsError(_missing_text(min(missing, key=len)))
+            raise self._not_found(min(missing, key=len))
         if self.recorded is not None and all(plan.settled for plan in plans):
             plans = self._as_networks(plans, self.recorded)
         return sorted(plans, key=lambda plan: plan.total_us)
+
+    def _not_found(self, layers: list[str]) -> TopiaristError:
+        """The error for layers that the logs have nothing of."""
+        text = (
+            f"the tuning logs have no record for {len(layers)} layer(s) on this target, with this "
+            f"number of threads and TVM: {', '.join(layers)}. Tune them: "
+            "`topiarist tune MODEL --target T --threads N --log LOG`"
+        )
+        return (
+            MissingRecordsError(text)
+            if self.recorded is None
+            else self.recorded.logs.not_found(text)
+        )
 
     def _as_networks(self, plans: list[Plan], recorded: Recorded) -> list[Plan]:
         """With the times of whole networks, if all of the plans have one."""
@@ -392,13 +405,6 @@ def _best(timed: list[Candidate], refusals: list[str], *, settled: bool) -> Choi
         return None
     timed.sort(key=lambda candidate: candidate.run_us)
     return Choice(timed[0], tuple(timed), tuple(refusals), settled)
-
-
-def _missing_text(layers: list[str]) -> str:
-    return (
-        f"the tuning logs have no record for {len(layers)} layer(s) of this target, thread count "
-        f"and TVM: {', '.join(layers)}. Tune them: `topiarist tune MODEL --target T --log LOG`"
-    )
 
 
 LINEAR_KERNELS = ("sparse_linear", "dense_linear")

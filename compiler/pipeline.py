@@ -24,7 +24,7 @@ from topiarist.compiler.program import Program
 from topiarist.compiler.recorded import Device, Recorded
 from topiarist.compiler.simplify import simplify
 from topiarist.compiler.trial import settle
-from topiarist.errors import TargetError
+from topiarist.errors import MissingRecordsError, TargetError
 from topiarist.targets import registry
 from topiarist.targets.detect import runs_here
 from topiarist.targets.spec import TargetSpec
@@ -102,7 +102,7 @@ def compile_model(
     if dump_dir is not None:
         dump(dump_dir, module, graph, plan, program, memory, lowered)
     if output is not None:
-        write_bundle(compiled, output, source=model)
+        write_bundle(compiled, output, source=model, reproducible=strict)
     return compiled
 
 
@@ -123,6 +123,8 @@ def _recorded(
     """What the logs have to say, None where there are no logs."""
     device = (Device.here if mode == "measure" else Device.named)(spec, threads)
     if log is not None:
+        if mode == "strict" and not log.exists():
+            raise MissingRecordsError(f"there is no tuning log {log}")
         return Recorded(open_logs(log, spec), device, adds=adds and mode == "measure")
     shipped = [TuningLog(path) for path in shipped_logs(spec)]
     return Recorded(TuningLogs(shipped[0], shipped[1:]), device) if shipped else None

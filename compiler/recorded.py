@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -26,9 +26,9 @@ from topiarist.tuning_logs.record import (
     MeasureInput,
     TargetKey,
     TuningRecord,
-    view_text,
 )
 from topiarist.tuning_logs.sources import TuningLogs
+from topiarist.tuning_logs.store import Usable
 
 PLAIN = "plain"
 NETWORK = "network"
@@ -107,16 +107,11 @@ class Recorded:
 
     def convs(self, site: ConvSite, measured: Measured) -> list[Known]:
         """The candidates with a time for a layer in its place, fastest first."""
-        views = site.views
-        residual = "in place" if views.in_place else "none"
-        residual = residual if views.residual is None else view_text(views.residual)
-        layouts = view_text(views.x), view_text(views.y), residual
-        found = []
-        for record in self._best(site.workload.to_json(), layouts, measured):
-            known = _candidate(site, record)
-            if known is not None:
-                found.append(known)
-        return found
+        place = Site.of_conv(site.workload, site.views, self.device.key, self.device.versions)
+        candidates = _Candidates(site)
+        found = self._best(place, measured, lambda record: candidates.of(record) is not None)
+        known = ((candidates.of(record), record) for record in found)
+        return [Known(*candidate, record) for candidate, record in known if candidate is not None]
 
     def what_linear(self, node: Linear, shape: LinearShape, kernel: str) -> MeasureInput:
         """A fully connected layer's candidate as records name it."""
@@ -124,8 +119,10 @@ class Recorded:
 
     def linears(self, node: Linear, shape: LinearShape, measured: Measured) -> list[TuningRecord]:
         """The kernels' times for a fully connected layer, fastest first."""
-        found = self._best(_linear_workload(node, shape), (PLAIN, PLAIN, "none"), measured)
-        return [record for record in found if record.input.kernel_version == UNIT_VERSION]
+        tvm = self.device.versions["apache-tvm"]
+        workload = _linear_workload(node, shape)
+        place = Site(workload, (PLAIN, PLAIN, "none"), self.device.key, tvm)
+        return self._best(place, measured, lambda r: r.input.kernel_version == UNIT_VERSION)
 
     def what_network(self, graph: Graph, layouts: LayoutPlan) -> MeasureInput:
         """A whole network in its layouts as records name it."""
@@ -139,11 +136,12 @@ class Recorded:
     def network_us(self, graph: Graph, layouts: LayoutPlan) -> float | None:
         """What the network took in these layouts with the best kernels, None if nobody looked."""
         match = self.logs.find(
-            self.what_network(graph, layouts), "in network", loosest=self.device.loosest
+            self.what_network(graph, layouts),
+            "in network",
+            loosest=self.device.loosest,
+            usable=self._usable,
         )
-        if match is None or not self._usable(match.record):
-            return None
-        return match.record.run_us
+        return None if match is None else match.record.run_us
 
     def _unit(
         self, workload: Mapping[str, Any], kernel: str, config: Mapping[str, Any]
@@ -153,13 +151,14 @@ class Recorded:
             *(workload, kernel, UNIT_VERSION, config, PLAIN, PLAIN, "none", key, package_versions)
         )
 
-    def _best(
-        self, workload: Mapping[str, Any], layouts: tuple[str, str, str], measured: Measured
-    ) -> Iterator[TuningRecord]:
-        site = Site(workload, layouts, self.device.key, self.device.versions["apache-tvm"])
-        for match in self.logs.best(site, measured, loosest=self.device.loosest):
-            if self._usable(match.record):
-                yield match.record
+    def _best(self, site: Site, measured: Measured, usable: Usable) -> list[TuningRecord]:
+        matches = self.logs.best(
+            site,
+            measured,
+            loosest=self.device.loosest,
+            usable=lambda record: self._usable(record) and usable(record),
+        )
+        return [match.record for match in matches]
 
     def _usable(self, record: TuningRecord) -> bool:
         """Another TVM generates other code."""
@@ -167,18 +166,29 @@ class Recorded:
         return record.status == "ok" and record.input.versions[tvm] == self.device.versions[tvm]
 
 
-def _candidate(site: ConvSite, record: TuningRecord) -> Known | None:
-    """The kernel and its knobs, None where this version of topiarist would not try them."""
-    what = record.input
-    for kernel in CONV_KERNELS:
-        if (kernel.name, kernel.version) != (what.kernel, what.kernel_version):
-            continue
-        if kernel.refuses(site.workload, site.target) is not None:
-            return None
-        for config in kernel.knobs(site):
-            if asdict(config) == what.config and kernel.fits(site, config):
-                return Known(kernel, config, record)
-    return None
+class _Candidates:
+    """What this version of topiarist would try for a layer in its place."""
+
+    def __init__(self, site: ConvSite) -> None:
+        self.site = site
+        self._configs: dict[str, list[KernelConfig]] = {}
+
+    def of(self, record: TuningRecord) -> tuple[ConvKernel[Any], KernelConfig] | None:
+        """The kernel and the knobs of a record, None if they would not be tried."""
+        what = record.input
+        for kernel in CONV_KERNELS:
+            if (kernel.name, kernel.version) == (what.kernel, what.kernel_version):
+                for config in self._fitting(kernel):
+                    if asdict(config) == what.config:
+                        return kernel, config
+        return None
+
+    def _fitting(self, kernel: ConvKernel[Any]) -> list[KernelConfig]:
+        if kernel.name not in self._configs:
+            refused = kernel.refuses(self.site.workload, self.site.target) is not None
+            knobs = [] if refused else kernel.knobs(self.site)
+            self._configs[kernel.name] = [c for c in knobs if kernel.fits(self.site, c)]
+        return self._configs[kernel.name]
 
 
 def _linear_workload(node: Linear, shape: LinearShape) -> dict[str, Any]:

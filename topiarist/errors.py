@@ -26,7 +26,7 @@ class BuildError(TopiaristError):
 
 
 class TuningLogError(TopiaristError):
-    """A tuning log is missing or altered, or was written by a newer version."""
+    """A tuning log is altered or unreadable, or was written by a newer version."""
 
 
 class NewerLogError(TuningLogError):
@@ -34,4 +34,4 @@ class NewerLogError(TuningLogError):
 
 
 class MissingRecordsError(TopiaristError):
-    """The tuning logs are sound and lack records that were needed."""
+    """A tuning log that was named is not there, or lacks records that were needed."""

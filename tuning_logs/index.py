@@ -31,10 +31,17 @@ if TYPE_CHECKING:  # see record.py
     from topiarist.schedules.workload import ConvWorkload
 
 Level = Literal["exact", "near", "other TVM", "other device"]
-Rank = tuple[int, float]  # level and gap in density; less is closer
 LEVELS: tuple[Level, ...] = ("exact", "near", "other TVM", "other device")
 NEAR_DENSITY = 0.02  # within which weights of one pattern share records
 _ROUNDING = 1e-9
+
+
+class Rank(NamedTuple):
+    """How far a record is from what was asked for; less is closer."""
+
+    level: int  # of LEVELS
+    other_tvm: bool
+    density_gap: float
 
 
 @dataclass(frozen=True)
@@ -103,15 +110,17 @@ class Asked(NamedTuple):
         )
 
     def rank(self, entry: Entry) -> Rank | None:
-        """How far an entry of this site is from what was asked for: level, gap in density."""
+        """How far an entry of this site is from what was asked for; None: too far."""
         gap = abs(entry.density - self.density)
         if gap > NEAR_DENSITY + _ROUNDING:
             return None
+        other_tvm = entry.tvm != self.tvm
+        level: Level = "exact" if entry.workload == self.workload else "near"
         if entry.device != self.device:
-            return LEVELS.index("other device"), gap
-        if entry.tvm != self.tvm:
-            return LEVELS.index("other TVM"), gap
-        return LEVELS.index("exact" if entry.workload == self.workload else "near"), gap
+            level = "other device"
+        elif other_tvm:
+            level = "other TVM"
+        return Rank(LEVELS.index(level), other_tvm, gap)
 
 
 class Index:

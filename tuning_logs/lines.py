@@ -48,6 +48,11 @@ class Defect:
         return f"{self.path}, line {self.line}: {self.problem}"
 
 
+def no_log(first: Defect) -> TuningLogError:
+    """The error for a file with lines of which none is a record; `first` is one of them."""
+    return TuningLogError(f"{first.path} is no tuning log: line {first.line}: {first.problem}")
+
+
 def raw_lines(file: BinaryIO, start: int = 0, ended: int = 0) -> Iterator[RawLine]:
     """The lines from an offset on, before which `ended` lines end; not a torn last one."""
     size = file.seek(0, os.SEEK_END)  # what is written from now on may look torn

@@ -144,6 +144,12 @@ class MeasureInput:
         return str(self.target)
 
     @property
+    def sparsity(self) -> Mapping[str, Any]:
+        """The workload's sparsity signature, empty without one."""
+        found = self.workload.get("sparsity")
+        return found if isinstance(found, dict) else {}
+
+    @property
     def layouts(self) -> tuple[str, str, str]:
         """Input, output and residual layout."""
         return self.input_layout, self.output_layout, self.residual_layout

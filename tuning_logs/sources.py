@@ -7,11 +7,12 @@ from pathlib import Path
 
 import platformdirs
 
+from topiarist.errors import MissingRecordsError, TopiaristError, TuningLogError
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.index import Level, Site
 from topiarist.tuning_logs.lines import Defect
 from topiarist.tuning_logs.record import Measured, MeasureInput, TuningRecord
-from topiarist.tuning_logs.store import Match, TuningLog
+from topiarist.tuning_logs.store import Match, TuningLog, Usable, anything
 
 SUFFIX = ".jsonl"
 SHIPPED = Path(__file__).parent  # has a folder of logs for each instruction set
@@ -37,31 +38,60 @@ class TuningLogs:
         return [defect for log in self.logs for defect in log.defects]
 
     def read(self) -> Iterator[TuningRecord]:
-        """All records of all logs, one log after the other; repeated ones once."""
-        seen = set()
-        for log in self.logs:
-            for record in log.read():
-                if record.id not in seen:
-                    seen.add(record.id)
-                    yield record
+        """All records of all logs; see `read_all`."""
+        return read_all(self.logs)
 
     def find(
-        self, what: MeasureInput, measured: Measured = "alone", *, loosest: Level = "near"
+        self,
+        what: MeasureInput,
+        measured: Measured = "alone",
+        *,
+        loosest: Level = "near",
+        usable: Usable = anything,
     ) -> Match | None:
         """The record that answers best for a candidate; see `TuningLog.find`."""
-        found = (log.find(what, measured, loosest=loosest) for log in self.logs)
+        found = (log.find(what, measured, loosest=loosest, usable=usable) for log in self.logs)
         return min((match for match in found if match), key=lambda m: m.rank, default=None)
 
     def best(
-        self, site: Site, measured: Measured = "alone", *, loosest: Level = "near"
+        self,
+        site: Site,
+        measured: Measured = "alone",
+        *,
+        loosest: Level = "near",
+        usable: Usable = anything,
     ) -> list[Match]:
         """The records that compete at a site, fastest first; see `TuningLog.best`."""
-        found = (log.best(site, measured, loosest=loosest) for log in self.logs)
+        found = (log.best(site, measured, loosest=loosest, usable=usable) for log in self.logs)
         return min((matches for matches in found if matches), key=lambda m: m[0].rank, default=[])
+
+    def not_found(self, what: str) -> TopiaristError:
+        """The error for records that are needed and missing; lines that can't be read may be they.
+
+        `what` says which records. A MissingRecordsError, or a TuningLogError for a broken log.
+        """
+        if not self.defects:
+            return MissingRecordsError(what)
+        count = len(self.defects)
+        lines = "a line" if count == 1 else f"{count} lines"
+        return TuningLogError(
+            f"{what}; but {lines} of the logs can't be read, see `topiarist log check`: "
+            f"{self.defects[0]}"
+        )
 
     def history(self, what: MeasureInput, measured: Measured = "alone") -> list[TuningRecord]:
         """All records of exactly this measurement, those of the first log last."""
         return [r for log in reversed(self.logs) for r in log.history(what, measured)]
+
+
+def read_all(logs: Iterable[TuningLog]) -> Iterator[TuningRecord]:
+    """The records of logs, one log after the other; repeated ones once."""
+    seen = set()
+    for log in logs:
+        for record in log.read():
+            if record.id not in seen:
+                seen.add(record.id)
+                yield record
 
 
 def open_logs(path: Path | None, target: TargetSpec, *, shipped: bool = True) -> TuningLogs:
@@ -72,7 +102,7 @@ def open_logs(path: Path | None, target: TargetSpec, *, shipped: bool = True) ->
     """
     path = user_folder() if path is None else path
     own = default_log(target, path) if is_folder(path) else path
-    beside = sorted(path.glob(f"*{SUFFIX}")) if is_folder(path) else []
+    beside = logs_in(path) if is_folder(path) else []
     others = [*beside, *(shipped_logs(target) if shipped else ())]
     return TuningLogs(TuningLog(own), [TuningLog(p) for p in others if p != own])
 
@@ -94,4 +124,9 @@ def default_log(target: TargetSpec, folder: Path | None = None) -> Path:
 
 def shipped_logs(target: TargetSpec, folder: Path = SHIPPED) -> list[Path]:
     """The committed logs for the target's instruction set."""
-    return sorted((folder / f"{target.family}-{target.isa}").glob(f"*{SUFFIX}"))
+    return logs_in(folder / f"{target.family}-{target.isa}")
+
+
+def logs_in(folder: Path) -> list[Path]:
+    """The logs in a folder, by name."""
+    return sorted(folder.glob(f"*{SUFFIX}"))

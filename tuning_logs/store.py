@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import filelock
 
-from topiarist.errors import NewerLogError, OutputError, TuningLogError
+from topiarist.errors import MissingRecordsError, NewerLogError, OutputError, TuningLogError
 from topiarist.tuning_logs.index import (
     LEVELS,
     Asked,
@@ -28,12 +28,20 @@ from topiarist.tuning_logs.index import (
     Site,
     in_json,
 )
-from topiarist.tuning_logs.lines import LINE_LIMIT, Defect, RawLine, is_torn, raw_lines
+from topiarist.tuning_logs.lines import LINE_LIMIT, Defect, RawLine, is_torn, no_log, raw_lines
 from topiarist.tuning_logs.record import Measured, MeasureInput, TuningRecord, horizon
 
 LOCK_TIMEOUT_S = 60.0
 MARK_BYTES = 128  # before the place read up to, compared to notice a rewritten file
 KEEP_BEST = 8
+
+
+Usable = Callable[[TuningRecord], bool]
+
+
+def anything(_: TuningRecord) -> bool:
+    """Every record is usable."""
+    return True
 
 
 @dataclass(frozen=True)
@@ -46,19 +54,23 @@ class Match:
     """
 
     record: TuningRecord
-    level: Level
-    density_gap: float
+    rank: Rank
 
     @property
-    def rank(self) -> Rank:
-        """Less is closer."""
-        return LEVELS.index(self.level), self.density_gap
+    def level(self) -> Level:
+        """In what it differs at most."""
+        return LEVELS[self.rank.level]
+
+    @property
+    def density_gap(self) -> float:
+        """Between the two workloads."""
+        return self.rank.density_gap
 
     def __str__(self) -> str:
         what = self.record.input
         differs = {
             "exact": "",
-            "near": f" (density {what.workload.get('sparsity', {}).get('density')})",
+            "near": f" (density {what.sparsity.get('density')})",
             "other TVM": f" ({what.versions['apache-tvm']})",
             "other device": f" ({what.target.device_model})",
         }
@@ -95,23 +107,34 @@ class TuningLog:
         """The lines that reading has skipped, in order."""
         return [self._defects[line] for line in sorted(self._defects)]
 
-    def read(self, *, strict: bool = False) -> Iterator[TuningRecord]:
-        """All records in the order of the file; none where there is no file.
-
-        `strict` raises TuningLogError for a line that can't be read.
-        """
+    def read(self) -> Iterator[TuningRecord]:
+        """All records in the order of the file; none where there is no file."""
         with self._open() as file:
             count = 0
             self._defects.clear()
             for line in raw_lines(file):
-                record = None if line.blank else self._decode(line, strict)
+                record = None if line.blank else self._decode(line)
                 if record is not None:
                     count += 1
                     yield record
             self._check_is_log(count)
 
+    def read_whole(self) -> list[TuningRecord]:
+        """All records. Raises TuningLogError if a line can't be read, and so would be lost."""
+        records = list(self.read())
+        for defect in self.defects:
+            if defect.newer:
+                raise NewerLogError(str(defect))
+            raise TuningLogError(f"{defect}; `topiarist log check --repair` moves it aside")
+        return records
+
     def find(
-        self, what: MeasureInput, measured: Measured = "alone", *, loosest: Level = "near"
+        self,
+        what: MeasureInput,
+        measured: Measured = "alone",
+        *,
+        loosest: Level = "near",
+        usable: Usable = anything,
     ) -> Match | None:
         """The record that answers best for a candidate, whatever its status.
 
@@ -121,19 +144,24 @@ class TuningLog:
         with self._current() as file:
             asked = Asked.of(Site.of(what))
             fitting = _fitting(self._index.of_candidate(what), asked, measured, loosest)
-            for (level, gap), entry in fitting:
+            for rank, entry in fitting:
                 record = self._record(file, entry)
-                if record is not None:
-                    return Match(record, LEVELS[level], gap)
+                if record is not None and usable(record):
+                    return Match(record, rank)
         return None
 
     def best(
-        self, site: Site, measured: Measured = "alone", *, loosest: Level = "near"
+        self,
+        site: Site,
+        measured: Measured = "alone",
+        *,
+        loosest: Level = "near",
+        usable: Usable = anything,
     ) -> list[Match]:
         """The records with a time that compete at a site, fastest first, one per candidate.
 
         They are all of one workload, device and version of TVM, so that their times compare: the
-        closest that has any.
+        closest that has any `usable` one.
         """
         with self._current() as file:
             asked = Asked.of(site)
@@ -141,11 +169,10 @@ class TuningLog:
             for rank, entry in _fitting(self._index.of_site(asked), asked, measured, loosest):
                 groups[rank, entry.device, entry.tvm, entry.workload].append(entry)
             for key in sorted(groups):
-                level, gap = key[0]
-                records = self._last_of_each(file, groups[key])
-                if records:
-                    ordered = sorted(records, key=lambda r: (r.run_us, r.id))
-                    return [Match(record, LEVELS[level], gap) for record in ordered]
+                records = filter(usable, self._last_of_each(file, groups[key]))
+                ordered = sorted(records, key=lambda r: (r.run_us, r.id))
+                if ordered:
+                    return [Match(record, key[0]) for record in ordered]
         return []
 
     def history(self, what: MeasureInput, measured: Measured = "alone") -> list[TuningRecord]:
@@ -160,13 +187,14 @@ class TuningLog:
         """Make this log the union with others and return how many records came in.
 
         The file is written anew, ordered by time and id, so that it doesn't matter which log is
-        merged into which. Raises TuningLogError for a log that is missing or has a broken line.
+        merged into which. Raises MissingRecordsError for a log that isn't there and
+        TuningLogError for one with a broken line.
         """
-        others = [record for path in paths for record in _existing(path).read(strict=True)]
+        others = [record for path in paths for record in _existing(path).read_whole()]
         with self._writing():
-            own = list(self.read(strict=True))
+            own = self.read_whole()
             union = sort_union([*own, *others])
-            self._rewrite(union)
+            self._rewrite(map(_encode, union))
         return len(union) - len({record.id for record in own})
 
     def compact(self, keep_best: int = KEEP_BEST) -> int:
@@ -178,21 +206,46 @@ class TuningLog:
         if keep_best < 1:
             raise ValueError(f"keep_best must be at least 1, got {keep_best}")
         with self._writing():
-            records = list(self.read(strict=True))
+            records = self.read_whole()
             kept = _outstanding(records, keep_best)
-            self._rewrite(kept)
+            self._rewrite(map(_encode, kept))
         return len(records) - len(kept)
+
+    def repair(self) -> int:
+        """Move the lines that are no records to `*.broken` and return how many there were.
+
+        Lines of a newer schema stay. Raises TuningLogError for what is no log.
+        """
+        with self._writing():
+            list(self.read())
+            broken = {defect.line for defect in self.defects if not defect.newer}
+            if broken:
+                moved, kept = self._parted(broken)
+                with Path(f"{self.path}.broken").open("ab", buffering=0) as side:
+                    _write_all(side, b"".join(moved))
+                self._rewrite(kept)
+        return len(broken)
+
+    def _parted(self, numbers: Set[int]) -> tuple[list[bytes], list[bytes]]:
+        """The lines of these numbers, whole, and all others."""
+        picked: list[bytes] = []
+        others: list[bytes] = []
+        with self._open() as file:
+            for line in list(raw_lines(file)):
+                file.seek(line.start)
+                text = file.read(line.end - line.start)
+                (picked if line.number in numbers else others).append(text)
+        return picked, others
 
     @contextmanager
     def _open(self) -> Iterator[BinaryIO]:
         """The file for reading, or an empty one where there is none."""
         try:
-            with self.path.open("rb") as file:
+            file: BinaryIO = self.path.open("rb") if self.path.exists() else BytesIO()
+            with file:
                 yield file
-        except FileNotFoundError:
-            yield BytesIO()
         except OSError as error:
-            raise TuningLogError(f"can't read {self.path}: {error.strerror}") from error
+            raise TuningLogError(f"can't read {self.path}: {error.strerror or error}") from error
 
     def _forget(self) -> None:
         self._index = Index()
@@ -249,24 +302,20 @@ class TuningLog:
                     found[entry.candidate] = record
         return [record for record in found.values() if record.status == "ok"]
 
-    def _decode(self, line: RawLine, strict: bool = False) -> TuningRecord | None:
-        """The record on a line. Without one, a defect, or TuningLogError where `strict`."""
+    def _decode(self, line: RawLine) -> TuningRecord | None:
+        """The record on a line, or None and a defect."""
         try:
             return line.record()
         except TuningLogError as error:
             newer = isinstance(error, NewerLogError)
-            defect = Defect(self.path, line.number, str(error), newer)
-            if strict:
-                remedy = "" if newer else "; `topiarist log check --repair` moves it aside"
-                raise type(error)(f"{defect}{remedy}") from error
-            self._defects[line.number] = defect
+            self._defects[line.number] = Defect(self.path, line.number, str(error), newer)
             return None
 
     def _check_is_log(self, records: int) -> None:
         """Raise TuningLogError for a file with lines of which none is a record."""
         broken = [defect for defect in self.defects if not defect.newer]
         if broken and not records:
-            raise TuningLogError(f"{self.path} is no tuning log: {broken[0].problem}")
+            raise no_log(broken[0])
 
     def _before_end(self, file: BinaryIO) -> bytes:
         """The bytes before the offset that the index was read up to."""
@@ -307,14 +356,14 @@ class TuningLog:
                 _write_all(side, tail + b"\n")
             file.truncate(file.seek(0, os.SEEK_END) - len(tail))
 
-    def _rewrite(self, records: list[TuningRecord]) -> None:
+    def _rewrite(self, lines: Iterable[bytes]) -> None:
         """Replace the file in one step."""
         aside = Path(f"{self.path}.new")
         try:
             with aside.open("wb", buffering=0) as file:
                 if self.path.exists():
                     aside.chmod(self.path.stat().st_mode)
-                _write_all(file, b"".join(map(_encode, records)))
+                _write_all(file, b"".join(lines))
             aside.replace(self.path)
         except OSError:
             with suppress(OSError):
@@ -363,7 +412,7 @@ def _outstanding(records: list[TuningRecord], keep_best: int) -> list[TuningReco
 
 def _existing(path: Path) -> TuningLog:
     if not path.is_file():
-        raise TuningLogError(f"there is no tuning log {path}")
+        raise MissingRecordsError(f"there is no tuning log {path}")
     return TuningLog(path)
 
 

@@ -132,6 +132,29 @@ def test_where_the_closest_failed_the_next_answer(log, sparse):
     assert log.find(sparse(0.1).input).record.status == "crash"
 
 
+def test_of_other_devices_one_with_this_tvm_is_closer(log, sparse):
+    same, other = sparse(0.12, device_model="B"), sparse(device_model="A", versions=OTHER_TVM)
+    log.append([other, same])
+    assert log.find(sparse().input, loosest="other device").record == same
+    assert log.best(Site.of(sparse().input), loosest="other device")[0].record == same
+
+
+def test_what_is_not_usable_gives_way(log, sparse):
+    """The closest records may be of an old version of the only kernel."""
+    old = [sparse(number=n, kernel_version=1) for n in range(2)]
+    near = sparse(0.11, kernel_version=2)
+    log.append([*old, near])
+    site = Site.of(near.input)
+    assert [m.record for m in log.best(Site.of(old[0].input))] == old
+
+    def is_new(record):
+        return record.input.kernel_version == 2
+
+    assert [m.record for m in log.best(Site.of(old[0].input), usable=is_new)] == [near]
+    assert log.best(site, usable=lambda _: False) == []
+    assert log.find(old[0].input, usable=is_new) is None
+
+
 def test_a_workload_without_sparsity(log, record):
     log.append([record(workload={"kind": "other", "size": 3})])
     assert log.find(record(workload={"kind": "other", "size": 3}).input).level == "exact"

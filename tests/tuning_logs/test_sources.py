@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from topiarist.errors import MissingRecordsError, TuningLogError
 from topiarist.targets import registry
 from topiarist.tuning_logs.index import Site
 from topiarist.tuning_logs.sources import (
@@ -109,3 +110,13 @@ def test_defects_of_all_logs_are_told(tmp_path, record):
     logs = open_logs(tmp_path, TARGET, shipped=False)
     logs.find(record().input)
     assert [(d.path.name, d.line) for d in logs.defects] == [("a.jsonl", 2), ("b.jsonl", 2)]
+    assert isinstance(error := logs.not_found("conv1 has no record"), TuningLogError)
+    assert str(error).startswith("conv1 has no record; but 2 lines of the logs can't be read")
+    assert str(logs.defects[0]) in str(error)
+
+
+def test_records_that_are_not_there_are_missing(tmp_path, record):
+    logs = open_logs(tmp_path, TARGET, shipped=False)
+    assert logs.find(record().input) is None
+    assert isinstance(error := logs.not_found("conv1 has no record"), MissingRecordsError)
+    assert str(error) == "conv1 has no record"

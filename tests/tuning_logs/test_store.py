@@ -13,7 +13,7 @@ from pathlib import Path
 import filelock
 import pytest
 
-from topiarist.errors import NewerLogError, OutputError, TuningLogError
+from topiarist.errors import MissingRecordsError, NewerLogError, OutputError, TuningLogError
 from topiarist.tuning_logs import lines, store
 from topiarist.tuning_logs.index import Site
 from topiarist.tuning_logs.store import TuningLog
@@ -313,7 +313,7 @@ def test_merge_is_a_union_whichever_way(tmp_path, record):
         assert logs[order[0]].merge([logs[order[1]].path]) == 0
     assert merged[0] == merged[1] == merged[2]
     assert {r.id for r in log.read()} <= {r.id for r in records}
-    with pytest.raises(TuningLogError, match=r"no tuning log .*none\.jsonl"):
+    with pytest.raises(MissingRecordsError, match=r"no tuning log .*none\.jsonl"):
         log.merge([tmp_path / "none.jsonl"])
 
 
@@ -437,21 +437,51 @@ def test_two_processes_append_at_the_same_time(tmp_path, record):
     assert not _torn(log).exists()
 
 
-def test_a_killed_writer_leaves_a_log_that_can_be_used(tmp_path, record):
+KILLS = """
+import os, random, signal, sys, time
+from pathlib import Path
+from topiarist.tuning_logs.record import TuningRecord
+from topiarist.tuning_logs.store import TuningLog
+
+source, path, kills = sys.argv[1:]
+line = Path(source).read_text()
+rng = random.Random(0)
+
+
+def write(kill, done):
+    log = TuningLog(Path(path))
+    for n in range(10_000):
+        mine = line.replace('"cols":0', f'"cols":{n}').replace('"rows":1', f'"rows":{kill + 1}')
+        log.append([TuningRecord.from_line(mine)])
+        os.write(done, f"{kill + 1} {n}\\n".encode())
+
+
+for kill in range(int(kills)):
+    read, done = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(read)
+        write(kill, done)
+    os.close(done)
+    time.sleep(rng.uniform(0, 0.02))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with os.fdopen(read) as finished:
+        sys.stdout.write(finished.read())
+"""
+
+
+def test_killed_writers_lose_nothing_that_was_finished(tmp_path, record, kills=50):
     (tmp_path / "line").write_text(record(0).to_line())
     path = tmp_path / "x86.jsonl"
-    (tmp_path / "x86.jsonl.go").touch()
-    command = [sys.executable, "-c", WRITER, str(tmp_path / "line"), str(path), "1"]
-    writer = subprocess.Popen(command)
-    deadline = time.monotonic() + 60
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    writer.kill()
-    writer.wait()
+    command = [sys.executable, "-c", KILLS, tmp_path / "line", path, str(kills)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    finished = {tuple(map(int, text.split())) for text in said.splitlines()}
     log = TuningLog(path)
-    count = len(list(log.read()))
-    log.append([record(999)])
-    assert len(list(log.read())) == count + 1
+    log.append([record(999)])  # as the next writer does, which mends what was torn
+    kept = {(r.input.config["rows"], r.input.config["cols"]) for r in log.read()}
+    assert finished and finished <= kept and log.defects == []
+    assert len(kept - finished) <= kills + 1  # written, and killed before it was said
 
 
 def test_a_large_log_is_indexed_without_being_parsed(log, record):
