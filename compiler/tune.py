@@ -341,7 +341,7 @@ class Tuner:
             return None
         median = float(np.median(reference))
         self._references.append(median)
-        return max(median / (typical_us(self._references) * 1e-6), 1.0)
+        return round(max(median / (typical_us(self._references) * 1e-6), 1.0), 3)
 
     def _next(self) -> Task | None:
         """The task where the most is to be gained, None if all are done."""

@@ -216,12 +216,12 @@ def test_what_fails_is_recorded_and_never_chosen(model: Path, tmp_path: Path) ->
 def test_a_disturbed_batch_is_repeated_and_then_marked(model: Path, tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     measurer = Invented(by_size, reference=(3, 5, 6))
-    tuner = make_tuner(model, log, measurer, TuneOptions(trials=8), budget=6.0)
+    tuner = make_tuner(model, log, measurer, TuneOptions(trials=24), budget=6.0)
     tuner.run()
     assert tuner.disturbed == 3
     marked = [record for record in TuningLog(log).read() if record.disturbed]
     assert len(marked) == BATCH  # of batches 5 and 6; 4 was a success
-    again = make_tuner(model, log, Invented(by_size), TuneOptions(trials=8))
+    again = make_tuner(model, log, Invented(by_size), TuneOptions(trials=24))
     assert again.reused == tuner.measured - BATCH
 
 
@@ -279,7 +279,10 @@ def test_tuned_once_compiled_without_measuring(
     """The real thing: tune, tune again, compile from the log as the tuner decided."""
     log, spec = tmp_path / "log.jsonl", registry.get("host")
     options = TuneOptions(trials=9)
-    with pytest.raises(MissingRecordsError, match="3 layer"):
+    with pytest.raises(MissingRecordsError, match="there is no tuning log"):
+        compile_model(model, log=log, strict=True)
+    log.touch()
+    with pytest.raises(MissingRecordsError, match=r"3 layer.*first, second"):
         compile_model(model, log=log, strict=True)
     with Worker(1) as worker:
         first = tune_model(model, spec, TuningLogs(TuningLog(log)), worker, options)
