@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
+from tests.benchmarks import bench_kills
 from tests.models import Net
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
@@ -195,7 +196,7 @@ def test_without_a_budget_the_search_ends_when_nothing_is_gained(
     assert tuner.run()
     assert tuner.measured < sum(len(task.variants) for task in tuner.tasks)
     for task in tuner.tasks:
-        if len(task.strategy.taken) >= 16:
+        if len(task.strategy.taken) >= 32:
             best = min(by_size(variant) for variant in task.variants)
             assert task.best_us <= 1.05 * best
 
@@ -318,3 +319,11 @@ def test_a_task_knows_its_best(model: Path, tmp_path: Path) -> None:
     task.observe(1, 5.0)
     assert task.best is not None and task.best.run_us == 5.0
     assert np.isfinite(task.best_us)
+
+
+def test_killed_tuners_lose_nothing_that_was_finished(tmp_path: Path) -> None:
+    """A small version of `tests/benchmarks/bench_kills.py`, which kills a thousand."""
+    counts = bench_kills.run(12, tmp_path)
+    assert counts["kills"] == 12
+    assert counts["lost"] == counts["broken"] == 0
+    assert counts["records"] >= counts["finished"]
