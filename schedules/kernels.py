@@ -9,6 +9,7 @@ from typing import Any
 
 from topiarist.schedules.cpu.depthwise import Depthwise
 from topiarist.schedules.cpu.kernels import BlockSparse, DirectDense, DirectSparse
+from topiarist.schedules.cpu.winograd import WinogradDense
 from topiarist.schedules.kernel import ConvKernel
 
 CONV_KERNELS: tuple[ConvKernel[Any], ...] = (
@@ -16,6 +17,7 @@ CONV_KERNELS: tuple[ConvKernel[Any], ...] = (
     BlockSparse(),
     DirectDense(),
     Depthwise(),
+    WinogradDense(),
 )
 
 
