@@ -215,6 +215,11 @@ def _dense(arrays: dict[str, NDArray[np.generic]], name: str) -> FloatArray:
     return matrix
 
 
+def pruned_alexnet_layers() -> dict[str, FloatArray]:
+    """The pruned weights [O, C / groups, kh, kw] by layer."""
+    return {layer.name: layer.weight for layer in weighted_layers(pruned_alexnet_convs())}
+
+
 NETWORKS: dict[str, Callable[[], onnx.ModelProto]] = {
     "resnet18": resnet18,
     "resnet34": resnet34,
