@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tvm.script.ir_builder import tirx as T
 
 from topiarist.schedules.cpu import emit
+from topiarist.schedules.cpu.ahead import Ahead
 from topiarist.schedules.kernel import ConvViews, KernelConfig
 from topiarist.schedules.layout import (
     Halo,
@@ -426,7 +427,7 @@ class _DenseLoops:
                 for channel, count, size in self._segments():
                     with emit.loop(count, self.k.threads) as within, T.serial(0, ny * nx) as tile:
                         where = _Where(image, tile // nx, tile % nx)
-                        step = _Step(group, q, first, last)
+                        step = _Step(group, q, first, last, tile, ny * nx)
                         self._product(where, step, channel + within * size, size)
 
             self.k.in_block_loop(in_block)
@@ -447,26 +448,39 @@ class _DenseLoops:
         block = (step.group * k.in_blocks + step.q) * k.group_out + first_channel
         w_block = block * k.config.in_block * kh * kw
         x_steps = k.steps(k.geometry.x)
-        with T.serial(0, k.config.in_block) as c, T.serial(0, kh) as ky, T.serial(0, kw) as kx:
-            tap = x_block + c * x_stride + ky * row_tap + kx * col_tap
-            w_at = w_block + ((c * kh + ky) * kw + kx) * size
-            for a in range(size):
-                weight = emit.splat(self.weights[w_at + a], k.lanes)
-                for total, x_step in zip(sums[a], x_steps, strict=True):
-                    read = ops.x[emit.ramp(tap + x_step, k.lanes)]
-                    emit.assign(total, emit.value_of(total) + weight * read)
+        ahead = Ahead.of(k.config.in_block, kh * kw * size, step.turns)
+        with T.serial(0, k.config.in_block // ahead.channels) as part:
+            ahead.emit(self.weights, w_block, step.turn, part)
+            with (
+                T.serial(0, ahead.channels) as within,
+                T.serial(0, kh) as ky,
+                T.serial(0, kw) as kx,
+            ):
+                c = part * ahead.channels + within
+                tap = x_block + c * x_stride + ky * row_tap + kx * col_tap
+                w_at = w_block + ((c * kh + ky) * kw + kx) * size
+                for a in range(size):
+                    weight = emit.splat(self.weights[w_at + a], k.lanes)
+                    for total, x_step in zip(sums[a], x_steps, strict=True):
+                        read = ops.x[emit.ramp(tap + x_step, k.lanes)]
+                        emit.assign(total, emit.value_of(total) + weight * read)
         for a in range(size):
             k.store(ops.y, at[a], sums[a], step.last)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A group and a block of its input channels; whether it is the first or the last block."""
+    """A group and a block of its input channels; whether it is the first or the last block.
+
+    A panel of weights is used `turns` times in a row; this is one of them.
+    """
 
     group: Any
     q: Any
     first: bool
     last: bool
+    turn: Any = 0
+    turns: int = 1
 
 
 def dense_prim_func(k: _Kernel, name: str) -> Any:

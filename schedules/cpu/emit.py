@@ -80,6 +80,13 @@ def assign(accumulator: Any, value: Any) -> None:
     T.buffer_store(accumulator, value, [ramp(0, int(accumulator.shape[0]))])
 
 
+def prefetch(buffer: Any, index: Any) -> None:
+    """Ask for the cache line of a value; an index past the end does no harm."""
+    read, second_level, data = 0, 2, 1
+    address = T.address_of(buffer[index])
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, second_level, data))
+
+
 def loop(extent: Any, threads: int = 1) -> Any:
     """A loop, over threads when there are several."""
     return T.parallel(0, extent) if threads > 1 else T.serial(0, extent)
