@@ -40,7 +40,7 @@ def estimate_layers(model: onnx.ModelProto, target: TargetSpec) -> dict[str, Lay
         graph,
         Parts(target, 1),
         dense=False,
-        measure=False,
+        mode="estimate",
         progress=lambda stage, done, total: None,
     )
     choices = chooser.plans()[0].choices

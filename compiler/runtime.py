@@ -13,7 +13,7 @@ import importlib.util
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -106,6 +106,23 @@ class ThreadPool:
         if self._own is None:
             self._own = ThreadPoolExecutor(1, "topiarist", _set_threads, (self.threads,))
         return self._own.submit(function).result()
+
+
+@contextlib.contextmanager
+def pinned(threads: int) -> Iterator[None]:
+    """Keep this thread on as many cores as there are threads: the last, the first has interrupts.
+
+    Threads that are started meanwhile stay there.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[-threads:])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _set_threads(threads: int) -> bool:
