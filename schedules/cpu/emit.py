@@ -1,10 +1,9 @@
 """Pieces of TIR that all CPU kernels are written with.
 
 Kernels work on flat one-dimensional buffers whose layout is known when they are generated, and on
-whole aligned vectors. Two rules come from the compiler and are kept everywhere: accumulators live
-in the output buffer (LLVM keeps them in registers over a loop; local buffers would spill), and
-serial loops start at zero (TVM 0.27 drops the lower bound of an outer loop around a loop with a
-dynamic bound).
+whole aligned vectors. Two rules come from the compiler and are kept everywhere: what is to stay in
+registers over a loop lives in `accumulators`, and serial loops start at zero (TVM 0.27 drops the
+lower bound of an outer loop around a loop with a dynamic bound).
 """
 
 from __future__ import annotations
@@ -59,6 +58,26 @@ def clamp(value: Any, bounds: Clamp, lanes: int) -> Any:
     if high is not None:
         value = T.min(value, splat(high, lanes))
     return value
+
+
+def accumulators(count: int, lanes: int) -> list[Any]:
+    """Vectors that LLVM keeps in registers.
+
+    They are small allocations of global scope, which TVM puts on the stack when they have less
+    than a kilobyte, and each is a buffer of its own, so that stores to one do not make LLVM reload
+    another. In the scope `local` they would come from the heap.
+    """
+    return [T.alloc_buffer((lanes,), "float32", scope="global") for _ in range(count)]
+
+
+def value_of(accumulator: Any) -> Any:
+    """The vector that an accumulator holds."""
+    return accumulator[ramp(0, int(accumulator.shape[0]))]
+
+
+def assign(accumulator: Any, value: Any) -> None:
+    """Set an accumulator."""
+    T.buffer_store(accumulator, value, [ramp(0, int(accumulator.shape[0]))])
 
 
 def loop(extent: Any, threads: int = 1) -> Any:
