@@ -54,7 +54,7 @@ def splat(value: Any, lanes: int) -> Any:
 def gather(buffer: Any, base: Any, index: Any, lanes: int, fill: float = 0.0) -> Any:
     """buffer[base + index] for a vector of int32; `fill` in lanes with a negative index.
 
-    TVM would read lane by lane. Vectors of 16 and 8 are AVX-512 and AVX2, which have an instruction.
+    TVM would read lane by lane; AVX-512 (16 lanes) and AVX2 (8 lanes) have an instruction.
     """
     other = splat(fill, lanes)
     inside = index >= splat(T.int32(0), lanes)

@@ -1,10 +1,10 @@
 """Fully connected layers: y[N, M] = clamp(x[N, K] @ w[M, K].T + b), dense and sparse.
 
 Dense weights are stored as [block of M][K][lanes of the block], so that the inner loop broadcasts
-one input of each of a few images and reads the weights once, in order. Sparse weights are stored in slices of `lanes` rows
-padded to the longest row of the slice (SELL): the values of a slice lie side by side, and the
-inputs are gathered. The rows of a slice walk through the inputs side by side, so what they gather
-lies close together.
+one input of each of a few images and reads the weights once, in order. Sparse weights are stored
+in slices of `lanes` rows padded to the longest row of the slice (SELL): the values of a slice lie
+side by side, and the inputs are gathered. The rows of a slice walk through the inputs side by
+side, so what they gather lies close together.
 """
 
 from __future__ import annotations
