@@ -31,6 +31,7 @@ from topiarist.schedules.workload import ConvWorkload
 
 FloatArray = NDArray[np.float32]
 MAX_OFFSET = 1 << 16
+EVEN = 1.05  # the busiest thread's share of tasks, relative to an even one, that is good enough
 
 
 @dataclass(frozen=True)
@@ -175,11 +176,15 @@ class _Kernel:
         blocks, rest = divmod(self.group_out, self.config.out_block)
         if self.threads == 1 or rest:  # every part would compute the rest
             return 1
-        tasks = self.workload.batch * self.geometry.tiles[0] * self.geometry.tiles[1]
-        splits = 1
-        while tasks * splits < 2 * self.threads and blocks % (splits * 2) == 0:
-            splits *= 2
-        return splits
+        tiles = self.workload.batch * self.geometry.tiles[0] * self.geometry.tiles[1]
+
+        def idle(splits: int) -> float:
+            """Time of the thread with most tasks, relative to an even share."""
+            return -(-tiles * splits // self.threads) * self.threads / (tiles * splits)
+
+        # As few as keep the threads busy: every part reads the tile's input again.
+        found = [s for s in range(1, 2 * self.threads + 1) if blocks % s == 0]
+        return next((s for s in found if idle(s) < EVEN), min(found, key=idle))
 
     def tile_loop(self, body: Callable[[Any, Any, Any, Any], None]) -> None:
         """body(image, ty, tx, split), over threads when there are several."""
