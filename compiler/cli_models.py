@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from topiarist.compiler.cli_bundles import inspect_bundle
 from topiarist.compiler.cli_output import (
     Debug,
     Json,
     command,
     complain,
     percent,
+    print_explanations,
     print_json,
     print_table,
     progress_bar,
@@ -29,17 +31,32 @@ if TYPE_CHECKING:
     from topiarist.compiler.estimate import LayerEstimate
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The ONNX model.")]
+ModelOrBundle = Annotated[
+    Path, typer.Argument(metavar="MODEL.onnx|BUNDLE.topi", help="The ONNX model, or a bundle.")
+]
 Target = Annotated[str, typer.Option("--target", "-t", help="A target's name; host: this machine.")]
 
 
 @command
 def inspect(
-    model: Model,
-    target: Target = registry.HOST,
+    model: ModelOrBundle,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", "-t", help="For a model: a target's name; default: this machine."),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show each layer's density, and what pruning gains it: a bound, and by estimate."""
+    """Explain each layer: of a model what pruning gains it, of a bundle what it runs and why."""
+    if not model.is_dir():
+        _inspect_model(model, target or registry.HOST, as_json)
+    elif target is None:
+        inspect_bundle(model, as_json)
+    else:
+        raise ValueError(f"{model} is a bundle, compiled for its target: leave --target out")
+
+
+def _inspect_model(model: Path, target: str, as_json: bool) -> None:
     from topiarist.compiler.analysis import analyse
     from topiarist.compiler.estimate import estimate_layers
     from topiarist.compiler.frontend import load_onnx
@@ -73,6 +90,7 @@ def inspect(
             f"* an estimate for {spec.name}, one core, nothing was timed: "
             f"{dense / 1e3:.2f} ms dense, {best / 1e3:.2f} ms at best"
         )
+        print_explanations({name: e.explanation for name, e in estimates.items()})
     if problem is not None:
         complain(f"this model can't be compiled: {problem}")
 

@@ -8,20 +8,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from topiarist.compiler.build import build, to_relax
 from topiarist.compiler.bundle import check_writable, write_bundle
 from topiarist.compiler.choose import Chooser, Mode, Plan
-from topiarist.compiler.compiled import CompiledModel, LayerChoice, TensorSignature
+from topiarist.compiler.compiled import CompiledModel, TensorSignature
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
-from topiarist.compiler.graph import Conv, Graph, Linear
+from topiarist.compiler.graph import Graph
+from topiarist.compiler.layer_choices import layer_choices
 from topiarist.compiler.lower import lower
 from topiarist.compiler.memory import MemoryPlan, plan_memory
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Program
 from topiarist.compiler.recorded import Device, Recorded
+from topiarist.compiler.roofline import with_roofline
 from topiarist.compiler.simplify import simplify
 from topiarist.compiler.trial import settle
 from topiarist.errors import MissingRecordsError, TargetError
@@ -89,6 +89,8 @@ def compile_model(
     executable = build(lowered, spec)
     report("generate code", 1, 1)
 
+    if mode == "measure":
+        spec = with_roofline(spec)
     compiled = CompiledModel(
         executable=executable,
         params=tuple(program.params),
@@ -96,7 +98,7 @@ def compile_model(
         outputs=_signatures(graph, graph.outputs),
         target=spec,
         threads=threads,
-        layers=tuple(_layer_choices(graph, plan)),
+        layers=tuple(layer_choices(graph, plan, program, spec, threads)),
         created=_last_recorded(plan) if strict else now(),
     )
     if dump_dir is not None:
@@ -139,38 +141,6 @@ def _last_recorded(plan: Plan) -> str:
 def _signatures(graph: Graph, names: tuple[str, ...]) -> tuple[TensorSignature, ...]:
     values = [graph.values[name] for name in names]
     return tuple(TensorSignature(v.name, v.shape, v.dtype) for v in values)
-
-
-def _layer_choices(graph: Graph, plan: Plan) -> list[LayerChoice]:
-    choices = []
-    for node in graph.nodes:
-        if not isinstance(node, Conv | Linear):
-            continue
-        choice = plan.choices[node.name]
-        shape = graph.values[node.output].shape
-        pixels = shape[0] * int(np.prod(shape[2:]))
-        nonzero = int(np.count_nonzero(node.weight))
-        choices.append(
-            LayerChoice(
-                layer=node.name,
-                kind="conv" if isinstance(node, Conv) else "linear",
-                kernel=choice.chosen.kernel,
-                config={} if choice.chosen.config is None else asdict(choice.chosen.config),
-                input_layout=str(_layout(plan.layouts.reads[node.name][0].view)),
-                output_layout=str(_layout(plan.layouts.places[node.output].view)),
-                density=nonzero / node.weight.size,
-                flops_dense=2 * node.weight.size * pixels,
-                flops_nonzero=2 * nonzero * pixels,
-                run_us=choice.chosen.run_us if choice.chosen.measured else None,
-                reason=choice.reason,
-                candidates=tuple((str(c), round(c.run_us, 2)) for c in choice.timed),
-            )
-        )
-    return choices
-
-
-def _layout(view: Any) -> Any:
-    return getattr(view, "layout", view)
 
 
 def dump(
