@@ -6,7 +6,7 @@ import functools
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, ParamSpec
@@ -120,6 +120,16 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
     console.print(table)
+
+
+def print_explanations(layers: Mapping[str, Sequence[str]]) -> None:
+    """The sentences about each layer; layers of the same sentences share a line."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name, sentences in layers.items():
+        if sentences:
+            names.setdefault(tuple(sentences), []).append(name)
+    for sentences, alike in names.items():
+        say(f"{', '.join(alike)}: {' '.join(sentences)}")
 
 
 @contextmanager

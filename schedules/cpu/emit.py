@@ -1,10 +1,9 @@
 """Pieces of TIR that all CPU kernels are written with.
 
 Kernels work on flat one-dimensional buffers whose layout is known when they are generated, and on
-whole aligned vectors. Two rules come from the compiler and are kept everywhere: accumulators live
-in the output buffer (LLVM keeps them in registers over a loop; local buffers would spill), and
-serial loops start at zero (TVM 0.27 drops the lower bound of an outer loop around a loop with a
-dynamic bound).
+whole aligned vectors. Two rules come from the compiler and are kept everywhere: what is to stay in
+registers over a loop lives in `accumulators`, and serial loops start at zero (TVM 0.27 drops the
+lower bound of an outer loop around a loop with a dynamic bound).
 """
 
 from __future__ import annotations
@@ -51,6 +50,32 @@ def splat(value: Any, lanes: int) -> Any:
     return T.broadcast(T.float32(value) if isinstance(value, float | int) else value, lanes)
 
 
+def gather(buffer: Any, base: Any, index: Any, lanes: int, fill: float = 0.0) -> Any:
+    """buffer[base + index] for a vector of int32; `fill` in lanes with a negative index.
+
+    TVM would read lane by lane; AVX-512 (16 lanes) and AVX2 (8 lanes) have an instruction.
+    """
+    other = splat(fill, lanes)
+    inside = index >= splat(T.int32(0), lanes)
+    at = T.address_of(buffer[base])
+    if lanes == 16:
+        name = "llvm.x86.avx512.mask.gather.dps.512"
+        return T.call_llvm_intrin("float32x16", name, other, at, index, inside, T.int32(4))
+    if lanes == 8:
+        name = "llvm.x86.avx2.gather.d.ps.256"
+        mask = tirx.Select(inside, splat(-1.0, lanes), splat(0.0, lanes))  # the sign bit counts
+        return T.call_llvm_intrin("float32x8", name, other, at, index, mask, T.int8(4))
+    read = buffer[splat(base, lanes) + T.max(index, splat(T.int32(0), lanes))]
+    return tirx.Select(inside, read, other)
+
+
+def prefetch(buffer: Any, at: Any) -> None:
+    """Ask for the cache line of buffer[at], which may lie past the end."""
+    read, everywhere, data = T.int32(0), T.int32(3), T.int32(1)
+    address = T.address_of(buffer[at])
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, everywhere, data))
+
+
 def clamp(value: Any, bounds: Clamp, lanes: int) -> Any:
     """min(max(value, low), high) on a vector."""
     low, high = bounds
@@ -59,6 +84,33 @@ def clamp(value: Any, bounds: Clamp, lanes: int) -> Any:
     if high is not None:
         value = T.min(value, splat(high, lanes))
     return value
+
+
+def accumulators(count: int, lanes: int) -> list[Any]:
+    """Vectors that LLVM keeps in registers.
+
+    They are small allocations of global scope, which TVM puts on the stack when they have less
+    than a kilobyte, and each is a buffer of its own, so that stores to one do not make LLVM reload
+    another. In the scope `local` they would come from the heap.
+    """
+    return [T.alloc_buffer((lanes,), "float32", scope="global") for _ in range(count)]
+
+
+def value_of(accumulator: Any) -> Any:
+    """The vector that an accumulator holds."""
+    return accumulator[ramp(0, int(accumulator.shape[0]))]
+
+
+def assign(accumulator: Any, value: Any) -> None:
+    """Set an accumulator."""
+    T.buffer_store(accumulator, value, [ramp(0, int(accumulator.shape[0]))])
+
+
+def prefetch(buffer: Any, index: Any) -> None:
+    """Ask for the cache line of a value; an index past the end does no harm."""
+    read, second_level, data = 0, 2, 1
+    address = T.address_of(buffer[index])
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, second_level, data))
 
 
 def loop(extent: Any, threads: int = 1) -> Any:
