@@ -36,4 +36,4 @@ class Ahead:
         """The requests before a part of the channels."""
         for i in range(self.lines):
             line = (turn * self.parts + part) * self.lines + i
-            emit.prefetch(weights, panel + self.panel_size + line * _LINE)
+            emit.prefetch(weights, panel + self.panel_size + line * _LINE, level=2)

@@ -218,24 +218,29 @@ class _Kernel:
         base = image * view.layout.size + self.geometry.x.base(ty, tx) + view.base
         return base + self.geometry.x_origin
 
-    def load(
-        self, ops: _Operands, at: Any, where: _Where, channel: Any, first: bool
-    ) -> list[Any]:
-        """Accumulators of a tile of one channel: bias and residual, or the sum so far."""
-        steps = self.steps(self.geometry.y)
-        sums = emit.accumulators(len(steps), self.lanes)
-        so_far = [ops.y[emit.ramp(at + step, self.lanes)] for step in steps]
-        if first:
-            start = emit.splat(ops.bias[channel], self.lanes)
-            if self.views.in_place:
-                so_far = [start + value for value in so_far]
-            else:
-                so_far = [start + value for value in self._residual(ops, where, channel)] or [
-                    start
-                ] * len(steps)
-        for total, value in zip(sums, so_far, strict=True):
+    def initial(self, ops: _Operands, at: Any, where: _Where, channel: Any) -> list[Any]:
+        """What a tile of one channel starts with: bias, plus the residual."""
+        start = emit.splat(ops.bias[channel], self.lanes)
+        if self.views.in_place:
+            return [start + value for value in self._so_far(ops.y, at)]
+        residual = self._residual(ops, where, channel)
+        return [start + value for value in residual] or [start] * self.vectors
+
+    def load(self, ops: _Operands, at: Any, where: _Where, channel: Any, first: bool) -> list[Any]:
+        """Accumulators of a tile of one channel: its initial values, or the sum so far."""
+        values = self.initial(ops, at, where, channel) if first else self._so_far(ops.y, at)
+        sums = emit.accumulators(self.vectors, self.lanes)
+        for total, value in zip(sums, values, strict=True):
             emit.assign(total, value)
         return sums
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of a tile of one channel."""
+        return self.config.rows * self.config.cols
+
+    def _so_far(self, y: Any, at: Any) -> list[Any]:
+        return [y[emit.ramp(at + step, self.lanes)] for step in self.steps(self.geometry.y)]
 
     def _residual(self, ops: _Operands, where: _Where, channel: Any) -> list[Any]:
         """The residual's tile of one channel; nothing where there is none."""
@@ -272,9 +277,7 @@ class _Csr:
     order: Any
 
 
-def _sparse_body(
-    k: _Kernel, ops: _Operands, weight: _Csr
-) -> Callable[[Any, Any, Any, Any], None]:
+def _sparse_body(k: _Kernel, ops: _Operands, weight: _Csr) -> Callable[[Any, Any, Any, Any], None]:
     """The loops inside a tile of the sparse form."""
     block = k.config.out_block
     visits = k.group_out // block

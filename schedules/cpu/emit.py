@@ -69,13 +69,6 @@ def gather(buffer: Any, base: Any, index: Any, lanes: int, fill: float = 0.0) ->
     return tirx.Select(inside, read, other)
 
 
-def prefetch(buffer: Any, at: Any) -> None:
-    """Ask for the cache line of buffer[at], which may lie past the end."""
-    read, everywhere, data = T.int32(0), T.int32(3), T.int32(1)
-    address = T.address_of(buffer[at])
-    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, everywhere, data))
-
-
 def clamp(value: Any, bounds: Clamp, lanes: int) -> Any:
     """min(max(value, low), high) on a vector."""
     low, high = bounds
@@ -106,11 +99,11 @@ def assign(accumulator: Any, value: Any) -> None:
     T.buffer_store(accumulator, value, [ramp(0, int(accumulator.shape[0]))])
 
 
-def prefetch(buffer: Any, index: Any) -> None:
-    """Ask for the cache line of a value; an index past the end does no harm."""
-    read, second_level, data = 0, 2, 1
-    address = T.address_of(buffer[index])
-    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, second_level, data))
+def prefetch(buffer: Any, at: Any, level: int = 1) -> None:
+    """Ask for the cache line of buffer[at], which may lie past the end, into a cache's level."""
+    read, locality, data = T.int32(0), T.int32(4 - level), T.int32(1)
+    address = T.address_of(buffer[at])
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, locality, data))
 
 
 def loop(extent: Any, threads: int = 1) -> Any:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from topiarist.schedules.cpu import emit
@@ -23,7 +22,7 @@ from topiarist.schedules.cpu.ahead import Ahead
 from topiarist.schedules.cpu.direct import refuses_views
 from topiarist.schedules.cpu.space import CYCLES_PER_US
 from topiarist.schedules.kernel import ConvKernel, ConvSite, KernelConfig, Packed
-from topiarist.schedules.layout import LaneLayout, View
+from topiarist.schedules.layout import View
 from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets.spec import TargetSpec
 
@@ -42,8 +41,8 @@ Vectors = list[Any]
 class WinogradConfig(KernelConfig):
     """The knobs: outputs per tile edge, tiles of a block, and the product's register tile.
 
-    `rows` and `cols` are 1, 2 or 4 each (1: that axis is convolved directly), `tiles` a divisor of the number of tiles, `block_tiles` a
-    divisor of `tiles`.
+    `rows` and `cols` are 1, 2 or 4 each (1: that axis is convolved directly), `tiles` a divisor
+    of the number of tiles, `block_tiles` a divisor of `tiles`.
     """
 
     rows: int
@@ -61,7 +60,8 @@ def _weight_transform(m: int) -> NDArray[np.float64]:
     if m == 1:
         return np.eye(TAPS)
     if m == 2:
-        rows = [[1, 0, 0], [Fraction(1, 2)] * 3, [Fraction(1, 2), Fraction(-1, 2), Fraction(1, 2)]]
+        half = Fraction(1, 2)
+        rows = [[1, 0, 0], [half, half, half], [half, -half, half]]
     else:
         sixth, twelfth = Fraction(1, 6), Fraction(1, 12)
         rows = [
@@ -128,7 +128,7 @@ def _along_both(
 
 @dataclass(frozen=True)
 class _Axis:
-    """Tiles of `size` along an axis of `extent` vectors; the last one may overlap the one before."""
+    """Tiles of `size` along an axis of `extent` vectors; the last may overlap the one before."""
 
     extent: int
     size: int
@@ -249,9 +249,10 @@ class _Winograd:
                     sums = [emit.accumulators(c.block_tiles, self.lanes) for _ in range(size)]
                     self._product(sums, (v, self._v_at(f, part)), (weight, u_at), part)
                     for a in range(size):
-                        at = f * self.plane(w.out_channels) + (
-                            (channel + a) * c.tiles + part * c.block_tiles
-                        ) * self.lanes
+                        at = (
+                            f * self.plane(w.out_channels)
+                            + ((channel + a) * c.tiles + part * c.block_tiles) * self.lanes
+                        )
                         for t, total in enumerate(sums[a]):
                             to = emit.ramp(at + t * self.lanes, self.lanes)
                             T.buffer_store(m, emit.value_of(total), [to])
@@ -289,9 +290,7 @@ class _Winograd:
         edge = self.config.cols + TAPS - 1
         with emit.loop(self.workload.out_channels, self.threads) as o, T.serial(0, tiles) as t:
             at = T.bind((o * tiles + t) * lanes)
-            read = [
-                T.bind(m[emit.ramp(at + f * plane, lanes)]) for f in range(self.frequencies)
-            ]
+            read = [T.bind(m[emit.ramp(at + f * plane, lanes)]) for f in range(self.frequencies)]
             patch = [read[i : i + edge] for i in range(0, len(read), edge)]
             found = _along_both(_output_transform, self.sizes, patch, lanes)
             values = [_bind(*line) for line in found]
