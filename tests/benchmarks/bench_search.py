@@ -55,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--log", type=Path, default=ROOT / "build" / "benchmarks" / "search.jsonl")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of measuring, at most")
+    parser.add_argument("--sweep-only", action="store_true", help="measure and don't replay")
     parser.add_argument("--picture", type=Path, help="write the curves to this PNG")
     parser.add_argument("--json", type=Path, help="write the results here")
     opts = parser.parse_args()
@@ -62,6 +63,8 @@ def main() -> None:
     tasks = ten_layers(opts.log)
     if not sweep(tasks, opts.log, opts.seconds, console):
         console.print("The time is over; run it again to go on.")
+        return
+    if opts.sweep_only:
         return
     curves = {name: replay(tasks, name) for name in LAYERS}
     console.print(summary(tasks, curves))
