@@ -32,11 +32,11 @@ FULL = 400  # records, after which a new log is begun
 
 
 class Invented:
-    """Takes no time; a kernel's time follows from its knobs."""
+    """Takes no time."""
 
     def measure(self, layer: Layer, variants: Sequence[Variant]) -> Batch:
         """Every variant is fine."""
-        times = [sum(map(int, vars(variant.config).values())) * 1e-6 for variant in variants]
+        times = [len(str(variant.config)) * 1e-6 for variant in variants]
         return Batch(tuple(Outcome((seconds,)) for seconds in times), (1e-5,))
 
 
