@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -59,15 +59,22 @@ def check_writable(path: Path | str) -> Path:
 
 
 def write_bundle(
-    compiled: CompiledModel, path: Path | str, *, source: Path | str | None = None
+    compiled: CompiledModel,
+    path: Path | str,
+    *,
+    source: Path | str | None = None,
+    reproducible: bool = False,
 ) -> Path:
     """Write the compiled network as a bundle; an existing bundle is replaced.
 
-    `source` is the model file that was compiled. Raises OutputError when the folder can't be
+    `source` is the model file that was compiled. A `reproducible` bundle names it as it is given
+    here, and not where it lies on this machine. Raises OutputError when the folder can't be
     written and BuildError when linking fails; then nothing is left and an old bundle is intact.
     """
     path = check_writable(path)
     origin = None if source is None else describe_source(Path(source))
+    if origin is not None and reproducible:
+        origin = replace(origin, path=str(source))
     aside = _beside(path, "new")
     try:
         aside.mkdir()
@@ -216,7 +223,7 @@ def _fill(folder: Path, compiled: CompiledModel, source: SourceModel | None) -> 
         layers=compiled.layers,
         files={name: _describe(folder / name) for name in (LIBRARY, WEIGHTS)},
         source=source,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=compiled.created,
     )
     (folder / MANIFEST).write_text(manifest.dumps(), encoding="utf-8")
 

@@ -77,3 +77,4 @@ class CompiledModel:
     target: TargetSpec
     threads: int
     layers: tuple[LayerChoice, ...] = field(default=())
+    created: str = ""  # UTC, ISO 8601

@@ -46,7 +46,7 @@ def estimate_layers(model: onnx.ModelProto, target: TargetSpec) -> dict[str, Lay
         graph,
         Parts(target, 1),
         dense=False,
-        measure=False,
+        mode="estimate",
         progress=lambda stage, done, total: None,
     )
     plan = chooser.plans()[0]

@@ -127,6 +127,23 @@ class ThreadPool:
         return self._own.submit(function).result()
 
 
+@contextlib.contextmanager
+def pinned(threads: int) -> Iterator[None]:
+    """Keep this thread on as many cores as there are threads: the last, the first has interrupts.
+
+    Threads that are started meanwhile stay there.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[-threads:])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def _set_threads(threads: int) -> bool:
     """Size the calling thread's pool; False if it was made smaller before."""
     ffi = load()

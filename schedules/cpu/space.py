@@ -22,7 +22,8 @@ NONZERO_CYCLES = 2.0  # index, broadcast and address of one nonzero
 FAR_BYTES_PER_CYCLE = 8.0  # from beyond the second-level cache, in order
 DENSE_MISS_CYCLES = 0.3  # per vector read in order: the prefetcher hides most of it
 SMALLEST_TILE = 2
-L1_SHARES = (0.5, 1, 6)  # what a block of input channels may fill
+DENSE_SHARES = (0.5, 1, 6)  # of the first-level cache, which a block of input channels may fill
+SPARSE_SHARES = (0.25, 0.35, 0.5, 0.7, 1, 1.4, 2, 3, 4, 6)
 
 
 def tiles(grid: Grid, limit: int) -> list[tuple[int, int]]:
@@ -61,13 +62,15 @@ class Estimator:
             spans = [max(a, b) for a, b in zip(spans, self.x.tile, strict=True)]
         return spans[0] * spans[1] * lanes * 4
 
-    def in_blocks(self, tile: tuple[int, int], limit: int | None = None) -> list[int]:
+    def in_blocks(
+        self, tile: tuple[int, int], shares: tuple[float, ...], limit: int | None = None
+    ) -> list[int]:
         """Blocks of input channels, at most `limit`, whose reads fill a part of the caches."""
         channels = self.workload.in_channels // self.workload.groups
         most = channels if limit is None else min(channels, limit)
         per_channel = self.tile_bytes(tile)
         found = {most} if most else set()
-        for share in L1_SHARES:
+        for share in shares:
             block = max(8, int(share * self.target.l1d_bytes) // per_channel)
             parts = max(1, round(channels / block))
             found.add(-(-channels // parts))
@@ -139,9 +142,9 @@ def sparse_configs(estimate: Estimator) -> list[DirectConfig]:
         DirectConfig(*tile, 1, block)
         for tile in tiles(estimate.y.grid, limit)
         if tile[0] * tile[1] >= min(SMALLEST_TILE, estimate.y.grid.rows * estimate.y.grid.cols)
-        for block in estimate.in_blocks(tile, estimate.addressable_channels)
+        for block in estimate.in_blocks(tile, SPARSE_SHARES, estimate.addressable_channels)
     ]
-    return sorted(found, key=estimate.sparse_cycles)
+    return _mixed(sorted(found, key=estimate.sparse_cycles))
 
 
 def block_configs(estimate: Estimator, block: int) -> list[DirectConfig]:
@@ -150,9 +153,9 @@ def block_configs(estimate: Estimator, block: int) -> list[DirectConfig]:
     found = [
         DirectConfig(*tile, block, in_block)
         for tile in tiles(estimate.y.grid, limit)
-        for in_block in estimate.in_blocks(tile, estimate.addressable_channels)
+        for in_block in estimate.in_blocks(tile, SPARSE_SHARES, estimate.addressable_channels)
     ]
-    return sorted(found, key=estimate.sparse_cycles)
+    return _mixed(sorted(found, key=estimate.sparse_cycles))
 
 
 def dense_configs(estimate: Estimator) -> list[DirectConfig]:
@@ -166,7 +169,7 @@ def dense_configs(estimate: Estimator) -> list[DirectConfig]:
             continue
         limit = max(1, (estimate.target.registers - 4) // out_block)
         for tile in tiles(estimate.y.grid, limit):
-            for block in estimate.in_blocks(tile):
+            for block in estimate.in_blocks(tile, DENSE_SHARES):
                 in_block = _divisor(group_in, block)
                 found.add(DirectConfig(*tile, out_block, in_block))
                 if workload.groups == 1:
