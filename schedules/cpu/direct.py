@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tvm.script.ir_builder import tirx as T
 
 from topiarist.schedules.cpu import emit
+from topiarist.schedules.cpu.ahead import Ahead
 from topiarist.schedules.kernel import ConvViews, KernelConfig
 from topiarist.schedules.layout import (
     Halo,
@@ -30,6 +31,7 @@ from topiarist.schedules.workload import ConvWorkload
 
 FloatArray = NDArray[np.float32]
 MAX_OFFSET = 1 << 16
+EVEN = 1.05  # the busiest thread's share of tasks, relative to an even one, that is good enough
 
 
 @dataclass(frozen=True)
@@ -174,11 +176,15 @@ class _Kernel:
         blocks, rest = divmod(self.group_out, self.config.out_block)
         if self.threads == 1 or rest:  # every part would compute the rest
             return 1
-        tasks = self.workload.batch * self.geometry.tiles[0] * self.geometry.tiles[1]
-        splits = 1
-        while tasks * splits < 2 * self.threads and blocks % (splits * 2) == 0:
-            splits *= 2
-        return splits
+        tiles = self.workload.batch * self.geometry.tiles[0] * self.geometry.tiles[1]
+
+        def idle(splits: int) -> float:
+            """Time of the thread with most tasks, relative to an even share."""
+            return -(-tiles * splits // self.threads) * self.threads / (tiles * splits)
+
+        # As few as keep the threads busy: every part reads the tile's input again.
+        found = [s for s in range(1, 2 * self.threads + 1) if blocks % s == 0]
+        return next((s for s in found if idle(s) < EVEN), min(found, key=idle))
 
     def tile_loop(self, body: Callable[[Any, Any, Any, Any], None]) -> None:
         """body(image, ty, tx, split), over threads when there are several."""
@@ -212,24 +218,29 @@ class _Kernel:
         base = image * view.layout.size + self.geometry.x.base(ty, tx) + view.base
         return base + self.geometry.x_origin
 
-    def load(
-        self, ops: _Operands, at: Any, where: _Where, channel: Any, first: bool
-    ) -> list[Any]:
-        """Accumulators of a tile of one channel: bias and residual, or the sum so far."""
-        steps = self.steps(self.geometry.y)
-        sums = emit.accumulators(len(steps), self.lanes)
-        so_far = [ops.y[emit.ramp(at + step, self.lanes)] for step in steps]
-        if first:
-            start = emit.splat(ops.bias[channel], self.lanes)
-            if self.views.in_place:
-                so_far = [start + value for value in so_far]
-            else:
-                so_far = [start + value for value in self._residual(ops, where, channel)] or [
-                    start
-                ] * len(steps)
-        for total, value in zip(sums, so_far, strict=True):
+    def initial(self, ops: _Operands, at: Any, where: _Where, channel: Any) -> list[Any]:
+        """What a tile of one channel starts with: bias, plus the residual."""
+        start = emit.splat(ops.bias[channel], self.lanes)
+        if self.views.in_place:
+            return [start + value for value in self._so_far(ops.y, at)]
+        residual = self._residual(ops, where, channel)
+        return [start + value for value in residual] or [start] * self.vectors
+
+    def load(self, ops: _Operands, at: Any, where: _Where, channel: Any, first: bool) -> list[Any]:
+        """Accumulators of a tile of one channel: its initial values, or the sum so far."""
+        values = self.initial(ops, at, where, channel) if first else self._so_far(ops.y, at)
+        sums = emit.accumulators(self.vectors, self.lanes)
+        for total, value in zip(sums, values, strict=True):
             emit.assign(total, value)
         return sums
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of a tile of one channel."""
+        return self.config.rows * self.config.cols
+
+    def _so_far(self, y: Any, at: Any) -> list[Any]:
+        return [y[emit.ramp(at + step, self.lanes)] for step in self.steps(self.geometry.y)]
 
     def _residual(self, ops: _Operands, where: _Where, channel: Any) -> list[Any]:
         """The residual's tile of one channel; nothing where there is none."""
@@ -266,9 +277,7 @@ class _Csr:
     order: Any
 
 
-def _sparse_body(
-    k: _Kernel, ops: _Operands, weight: _Csr
-) -> Callable[[Any, Any, Any, Any], None]:
+def _sparse_body(k: _Kernel, ops: _Operands, weight: _Csr) -> Callable[[Any, Any, Any, Any], None]:
     """The loops inside a tile of the sparse form."""
     block = k.config.out_block
     visits = k.group_out // block
@@ -426,7 +435,7 @@ class _DenseLoops:
                 for channel, count, size in self._segments():
                     with emit.loop(count, self.k.threads) as within, T.serial(0, ny * nx) as tile:
                         where = _Where(image, tile // nx, tile % nx)
-                        step = _Step(group, q, first, last)
+                        step = _Step(group, q, first, last, tile, ny * nx)
                         self._product(where, step, channel + within * size, size)
 
             self.k.in_block_loop(in_block)
@@ -447,26 +456,39 @@ class _DenseLoops:
         block = (step.group * k.in_blocks + step.q) * k.group_out + first_channel
         w_block = block * k.config.in_block * kh * kw
         x_steps = k.steps(k.geometry.x)
-        with T.serial(0, k.config.in_block) as c, T.serial(0, kh) as ky, T.serial(0, kw) as kx:
-            tap = x_block + c * x_stride + ky * row_tap + kx * col_tap
-            w_at = w_block + ((c * kh + ky) * kw + kx) * size
-            for a in range(size):
-                weight = emit.splat(self.weights[w_at + a], k.lanes)
-                for total, x_step in zip(sums[a], x_steps, strict=True):
-                    read = ops.x[emit.ramp(tap + x_step, k.lanes)]
-                    emit.assign(total, emit.value_of(total) + weight * read)
+        ahead = Ahead.of(k.config.in_block, kh * kw * size, step.turns)
+        with T.serial(0, k.config.in_block // ahead.channels) as part:
+            ahead.emit(self.weights, w_block, step.turn, part)
+            with (
+                T.serial(0, ahead.channels) as within,
+                T.serial(0, kh) as ky,
+                T.serial(0, kw) as kx,
+            ):
+                c = part * ahead.channels + within
+                tap = x_block + c * x_stride + ky * row_tap + kx * col_tap
+                w_at = w_block + ((c * kh + ky) * kw + kx) * size
+                for a in range(size):
+                    weight = emit.splat(self.weights[w_at + a], k.lanes)
+                    for total, x_step in zip(sums[a], x_steps, strict=True):
+                        read = ops.x[emit.ramp(tap + x_step, k.lanes)]
+                        emit.assign(total, emit.value_of(total) + weight * read)
         for a in range(size):
             k.store(ops.y, at[a], sums[a], step.last)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A group and a block of its input channels; whether it is the first or the last block."""
+    """A group and a block of its input channels; whether it is the first or the last block.
+
+    A panel of weights is used `turns` times in a row; this is one of them.
+    """
 
     group: Any
     q: Any
     first: bool
     last: bool
+    turn: Any = 0
+    turns: int = 1
 
 
 def dense_prim_func(k: _Kernel, name: str) -> Any:

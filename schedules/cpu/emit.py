@@ -50,6 +50,25 @@ def splat(value: Any, lanes: int) -> Any:
     return T.broadcast(T.float32(value) if isinstance(value, float | int) else value, lanes)
 
 
+def gather(buffer: Any, base: Any, index: Any, lanes: int, fill: float = 0.0) -> Any:
+    """buffer[base + index] for a vector of int32; `fill` in lanes with a negative index.
+
+    TVM would read lane by lane; AVX-512 (16 lanes) and AVX2 (8 lanes) have an instruction.
+    """
+    other = splat(fill, lanes)
+    inside = index >= splat(T.int32(0), lanes)
+    at = T.address_of(buffer[base])
+    if lanes == 16:
+        name = "llvm.x86.avx512.mask.gather.dps.512"
+        return T.call_llvm_intrin("float32x16", name, other, at, index, inside, T.int32(4))
+    if lanes == 8:
+        name = "llvm.x86.avx2.gather.d.ps.256"
+        mask = tirx.Select(inside, splat(-1.0, lanes), splat(0.0, lanes))  # the sign bit counts
+        return T.call_llvm_intrin("float32x8", name, other, at, index, mask, T.int8(4))
+    read = buffer[splat(base, lanes) + T.max(index, splat(T.int32(0), lanes))]
+    return tirx.Select(inside, read, other)
+
+
 def clamp(value: Any, bounds: Clamp, lanes: int) -> Any:
     """min(max(value, low), high) on a vector."""
     low, high = bounds
@@ -78,6 +97,13 @@ def value_of(accumulator: Any) -> Any:
 def assign(accumulator: Any, value: Any) -> None:
     """Set an accumulator."""
     T.buffer_store(accumulator, value, [ramp(0, int(accumulator.shape[0]))])
+
+
+def prefetch(buffer: Any, at: Any, level: int = 1) -> None:
+    """Ask for the cache line of buffer[at], which may lie past the end, into a cache's level."""
+    read, locality, data = T.int32(0), T.int32(4 - level), T.int32(1)
+    address = T.address_of(buffer[at])
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, locality, data))
 
 
 def loop(extent: Any, threads: int = 1) -> Any:

@@ -1,9 +1,10 @@
 """Fully connected layers: y[N, M] = clamp(x[N, K] @ w[M, K].T + b), dense and sparse.
 
 Dense weights are stored as [block of M][K][lanes of the block], so that the inner loop broadcasts
-one input and reads the weights once, in order. Sparse weights are stored in slices of `lanes` rows
-padded to the longest row of the slice (SELL): the values of a slice lie side by side, and the
-inputs are gathered.
+one input of each of a few images and reads the weights once, in order. Sparse weights are stored
+in slices of `lanes` rows padded to the longest row of the slice (SELL): the values of a slice lie
+side by side, and the inputs are gathered. The rows of a slice walk through the inputs side by
+side, so what they gather lies close together.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from topiarist.schedules.cpu import emit
 
 FloatArray = NDArray[np.float32]
 BLOCK_VECTORS = 4
+IMAGES = {16: 4, 8: 2, 4: 2}  # by lanes: accumulators of so many images fit the registers
+IN_BLOCK = 512  # inputs whose weights stay in the second-level cache over the images of a batch
+AHEAD = 512  # values that weights are asked for ahead, where the processor sees too few steps ahead
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,65 @@ def _clamp(value: Any, bounds: emit.Clamp, lanes: int) -> Any:
     return value
 
 
+@dataclass(frozen=True)
+class _DenseRows:
+    """The rows `first...` of a segment's block: all images, `images` of them at a time."""
+
+    shape: LinearShape
+    segment: _Segment
+    first: Any
+    images: int
+
+    def emit(self, x: Any, weights: Any, bias: Any, y: Any) -> None:
+        """Bias, products, clamp."""
+        k, n, batch = self.shape.inputs, self.segment.lanes, self.shape.batch
+        vectors = range(self.segment.vectors)
+        with T.serial(0, batch) as image:
+            for v in vectors:
+                start = bias[_vector(self.first + v * n, n)]
+                T.buffer_store(y, start, [self._at(image, v)])
+        whole, rest = divmod(batch, self.images)
+        block = k if batch <= self.images else IN_BLOCK
+        for count, inputs, begin in ((k // block, block, 0), (1, k % block, k - k % block)):
+            if not inputs:
+                continue
+            with T.serial(0, count) as q:
+                j = begin + q * inputs
+                if whole:
+                    with T.serial(0, whole) as tile:
+                        self._product(x, weights, y, (tile * self.images, self.images), (j, inputs))
+                if rest:
+                    self._product(x, weights, y, (whole * self.images, rest), (j, inputs))
+        with T.serial(0, batch) as image:
+            for v in vectors:
+                at = self._at(image, v)
+                T.buffer_store(y, _clamp(y[at], self.shape.activation, n), [at])
+
+    def _at(self, image: Any, vector: int) -> Any:
+        n = self.segment.lanes
+        return _vector(image * self.shape.outputs + self.first + vector * n, n)
+
+    def _product(
+        self, x: Any, weights: Any, y: Any, images: tuple[Any, int], inputs: tuple[Any, int]
+    ) -> None:
+        """Add `inputs` (first, count) times their weights to the sums of `images`."""
+        k, segment = self.shape.inputs, self.segment
+        with T.serial(0, inputs[1]) as step:
+            j = inputs[0] + step
+            if self.shape.batch > 1:
+                for v in range(segment.vectors):
+                    ahead = AHEAD + v * segment.lanes
+                    emit.prefetch(weights, self.first * k + j * segment.width + ahead)
+            for i in range(images[1]):
+                image = images[0] + i
+                value = _splat(x[image * k + j], segment.lanes)
+                for v in range(segment.vectors):
+                    at = self.first * k + j * segment.width + v * segment.lanes
+                    weight = weights[_vector(at, segment.lanes)]
+                    to = self._at(image, v)
+                    T.buffer_store(y, y[to] + value * weight, [to])
+
+
 def dense_linear_prim_func(name: str, shape: LinearShape, lanes: int, threads: int) -> Any:
     """f(x, weights, bias, y)."""
     k, m = shape.inputs, shape.outputs
@@ -87,19 +150,9 @@ def dense_linear_prim_func(name: str, shape: LinearShape, lanes: int, threads: i
         bias = emit.argument("bias", m)
         y = emit.argument("y", shape.batch * m)
         for segment in _segments(m, lanes, BLOCK_VECTORS):
-            n, width = segment.lanes, segment.width
-            with emit.loop(segment.count, threads) as o, T.serial(0, shape.batch) as image:
-                first = segment.first + o * width
-                at = [_vector(image * m + first + v * n, n) for v in range(segment.vectors)]
-                for v in range(segment.vectors):
-                    T.buffer_store(y, bias[_vector(first + v * n, n)], [at[v]])
-                with T.serial(0, k) as j:
-                    value = _splat(x[image * k + j], n)
-                    for v in range(segment.vectors):
-                        weight = weights[_vector(first * k + j * width + v * n, n)]
-                        T.buffer_store(y, y[at[v]] + value * weight, [at[v]])
-                for v in range(segment.vectors):
-                    T.buffer_store(y, _clamp(y[at[v]], shape.activation, n), [at[v]])
+            with emit.loop(segment.count, threads) as o:
+                first = segment.first + o * segment.width
+                _DenseRows(shape, segment, first, IMAGES[lanes]).emit(x, weights, bias, y)
     return builder.get()
 
 
@@ -122,7 +175,7 @@ def sparse_linear_prim_func(name: str, shape: LinearShape, lanes: int, threads: 
         count = emit.symbol("count")
         x = emit.argument("x", shape.batch * k)
         values = emit.argument("values", count)
-        columns = emit.argument("columns", count, "int32")
+        columns = emit.argument("columns", count, _column_type(k))
         starts = emit.argument("starts", slices + 1, "int32")
         bias = emit.argument("bias", m)
         y = emit.argument("y", shape.batch * m)
@@ -137,16 +190,28 @@ def sparse_linear_prim_func(name: str, shape: LinearShape, lanes: int, threads: 
                 steps = (starts[done + o + 1] - begin) // n
                 with T.serial(0, steps) as j:
                     entry = _vector(begin + j * n, n)
-                    picked = x[_splat(image * k, n) + columns[entry]]
+                    if n == lanes:
+                        emit.prefetch(values, begin + j * n + AHEAD)
+                        emit.prefetch(columns, begin + j * n + AHEAD)
+                    column = T.cast(columns[entry], f"int32x{n}" if n > 1 else "int32")
+                    if n > 1:
+                        picked = emit.gather(x, image * k, column, n)
+                    else:
+                        picked = x[image * k + column]
                     T.buffer_store(y, y[at] + values[entry] * picked, [at])
                 T.buffer_store(y, _clamp(y[at], shape.activation, n), [at])
             done += segment.count
     return builder.get()
 
 
+def _column_type(inputs: int) -> str:
+    """Two bytes an index where that is enough: the weights' bytes are what the time goes into."""
+    return "uint16" if inputs <= 1 << 16 else "int32"
+
+
 def pack_sparse_linear(
     weight: FloatArray, lanes: int
-) -> tuple[FloatArray, NDArray[np.int32], NDArray[np.int32]]:
+) -> tuple[FloatArray, NDArray[Any], NDArray[np.int32]]:
     """values, columns, starts of the weight [M, K]; padding has the value 0 and column 0."""
     values: list[FloatArray] = []
     columns: list[NDArray[np.int32]] = []
@@ -168,6 +233,6 @@ def pack_sparse_linear(
     pad = np.zeros(1)
     return (
         np.concatenate([*values, pad]).astype(np.float32),
-        np.concatenate([*columns, pad]).astype(np.int32),
+        np.concatenate([*columns, pad]).astype(_column_type(weight.shape[1])),
         np.asarray(starts, np.int32),
     )

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from topiarist.schedules.cpu import emit
@@ -75,10 +74,10 @@ def to_lanes_prim_func(
             image, channel = p // target.count, p % target.count
             x_base = _channel_at(source, image, channel)
             y_base = target.at(image, channel)
-            with T.serial(0, vectors) as v, T.vectorized(0, lanes) as lane:
-                pick = picks[v * lanes + lane]
-                value = tirx.if_then_else(pick >= 0, x[x_base + pick], T.float32(layout.fill))
-                T.buffer_store(y, value, [y_base + starts[v] + lane])
+            with T.serial(0, vectors) as v:
+                pick = T.bind(picks[emit.ramp(v * lanes, lanes)])
+                value = emit.gather(x, x_base, pick, lanes, layout.fill)
+                T.buffer_store(y, value, [emit.ramp(y_base + starts[v], lanes)])
     return builder.get()
 
 

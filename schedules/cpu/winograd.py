@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from topiarist.schedules.cpu import emit
+from topiarist.schedules.cpu.ahead import Ahead
 from topiarist.schedules.cpu.direct import refuses_views
 from topiarist.schedules.cpu.space import CYCLES_PER_US
 from topiarist.schedules.kernel import ConvKernel, ConvSite, KernelConfig, Packed
-from topiarist.schedules.layout import LaneLayout, View
+from topiarist.schedules.layout import View
 from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets.spec import TargetSpec
 
@@ -41,8 +41,8 @@ Vectors = list[Any]
 class WinogradConfig(KernelConfig):
     """The knobs: outputs per tile edge, tiles of a block, and the product's register tile.
 
-    `rows` and `cols` are 1, 2 or 4 each (1: that axis is convolved directly), `tiles` a divisor of the number of tiles, `block_tiles` a
-    divisor of `tiles`.
+    `rows` and `cols` are 1, 2 or 4 each (1: that axis is convolved directly), `tiles` a divisor
+    of the number of tiles, `block_tiles` a divisor of `tiles`.
     """
 
     rows: int
@@ -60,7 +60,8 @@ def _weight_transform(m: int) -> NDArray[np.float64]:
     if m == 1:
         return np.eye(TAPS)
     if m == 2:
-        rows = [[1, 0, 0], [Fraction(1, 2)] * 3, [Fraction(1, 2), Fraction(-1, 2), Fraction(1, 2)]]
+        half = Fraction(1, 2)
+        rows = [[1, 0, 0], [half, half, half], [half, -half, half]]
     else:
         sixth, twelfth = Fraction(1, 6), Fraction(1, 12)
         rows = [
@@ -127,7 +128,7 @@ def _along_both(
 
 @dataclass(frozen=True)
 class _Axis:
-    """Tiles of `size` along an axis of `extent` vectors; the last one may overlap the one before."""
+    """Tiles of `size` along an axis of `extent` vectors; the last may overlap the one before."""
 
     extent: int
     size: int
@@ -239,29 +240,47 @@ class _Winograd:
                 T.buffer_store(v, value, [emit.ramp(at + f * plane, self.lanes)])
 
     def _multiply(self, v: Any, weight: Any, m: Any) -> None:
-        w, c, lanes = self.workload, self.config, self.lanes
-        v_plane, m_plane = self.plane(w.in_channels), self.plane(w.out_channels)
+        w, c = self.workload, self.config
         with emit.loop(self.frequencies, self.threads) as f:
             for first, count, size in self.segments():
                 with T.serial(0, count) as o, T.serial(0, c.tiles // c.block_tiles) as part:
                     channel = first + o * size
                     u_at = T.bind((f * w.out_channels + channel) * w.in_channels)
-                    v_at = T.bind(f * v_plane + part * c.block_tiles * lanes)
-                    sums = [emit.accumulators(c.block_tiles, lanes) for _ in range(size)]
-                    for row in sums:
-                        for total in row:
-                            emit.assign(total, emit.splat(0.0, lanes))
-                    with T.serial(0, w.in_channels) as k:
-                        for a in range(size):
-                            factor = emit.splat(weight[u_at + k * size + a], lanes)
-                            for t, total in enumerate(sums[a]):
-                                read = v[emit.ramp(v_at + (k * c.tiles + t) * lanes, lanes)]
-                                emit.assign(total, emit.value_of(total) + factor * read)
+                    sums = [emit.accumulators(c.block_tiles, self.lanes) for _ in range(size)]
+                    self._product(sums, (v, self._v_at(f, part)), (weight, u_at), part)
                     for a in range(size):
-                        at = f * m_plane + ((channel + a) * c.tiles + part * c.block_tiles) * lanes
+                        at = (
+                            f * self.plane(w.out_channels)
+                            + ((channel + a) * c.tiles + part * c.block_tiles) * self.lanes
+                        )
                         for t, total in enumerate(sums[a]):
-                            to = emit.ramp(at + t * lanes, lanes)
+                            to = emit.ramp(at + t * self.lanes, self.lanes)
                             T.buffer_store(m, emit.value_of(total), [to])
+
+    def _v_at(self, f: Any, part: Any) -> Any:
+        """Where a frequency's tiles of the first channel start."""
+        within = part * self.config.block_tiles * self.lanes
+        return T.bind(f * self.plane(self.workload.in_channels) + within)
+
+    def _product(
+        self, sums: list[Vectors], tiles: tuple[Any, Any], panel: tuple[Any, Any], part: Any
+    ) -> None:
+        """sums[o][t] = sum over C of U[o][C] V[C][t] from (buffer, start) of each."""
+        (v, v_at), (weight, u_at) = tiles, panel
+        c, lanes, channels = self.config, self.lanes, self.workload.in_channels
+        ahead = Ahead.of(channels, len(sums), c.tiles // c.block_tiles)
+        for row in sums:
+            for total in row:
+                emit.assign(total, emit.splat(0.0, lanes))
+        with T.serial(0, ahead.parts) as chunk:
+            ahead.emit(weight, u_at, part, chunk)
+            with T.serial(0, ahead.channels) as within:
+                k = chunk * ahead.channels + within
+                for a, row in enumerate(sums):
+                    factor = emit.splat(weight[u_at + k * len(sums) + a], lanes)
+                    for t, total in enumerate(row):
+                        read = v[emit.ramp(v_at + (k * c.tiles + t) * lanes, lanes)]
+                        emit.assign(total, emit.value_of(total) + factor * read)
 
     def _transform_output(
         self, m: Any, bias: Any, residual: Any, y: Any, image: Any, block: Any
@@ -271,9 +290,7 @@ class _Winograd:
         edge = self.config.cols + TAPS - 1
         with emit.loop(self.workload.out_channels, self.threads) as o, T.serial(0, tiles) as t:
             at = T.bind((o * tiles + t) * lanes)
-            read = [
-                T.bind(m[emit.ramp(at + f * plane, lanes)]) for f in range(self.frequencies)
-            ]
+            read = [T.bind(m[emit.ramp(at + f * plane, lanes)]) for f in range(self.frequencies)]
             patch = [read[i : i + edge] for i in range(0, len(read), edge)]
             found = _along_both(_output_transform, self.sizes, patch, lanes)
             values = [_bind(*line) for line in found]

@@ -55,6 +55,8 @@ CASES = {
     "empty_rows": LinearCase(37, empty_rows=True, batch=3, activation=RELU),
     "density_0": LinearCase(37, density=0.0, activation=RELU),
     "density_1": LinearCase(64, density=1.0, threads=2),
+    "batch_9": LinearCase(70, inputs=1100, batch=9, activation=RELU, threads=2),
+    "inputs_beyond_16_bits": LinearCase(20, inputs=70000, density=0.02, batch=2),
 }
 
 
