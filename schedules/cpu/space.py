@@ -95,9 +95,8 @@ class Estimator:
         rows = w.out_channels / config.out_block
         taps = w.in_channels // w.groups * w.kernel[0] * w.kernel[1]
         # A block of channels works on the union of their nonzeros.
-        union = 1 - (1 - w.sparsity.density) ** config.out_block
-        if w.sparsity.pattern.startswith("block"):
-            union = w.sparsity.density
+        alike = {"block4x1": 4, "block8x1": 8}.get(w.sparsity.pattern, 1)
+        union = 1 - (1 - w.sparsity.density) ** max(1, config.out_block // alike)
         nonzeros = rows * taps * union
         factor = self.miss_factor(config.in_block * self.tile_bytes(tile))
         fma = vectors * config.out_block / 2 + vectors * (factor - 1) / 2

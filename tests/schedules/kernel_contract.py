@@ -295,8 +295,9 @@ def check(
 
 
 def sparse_enough(workload: ConvWorkload) -> ConvWorkload:
-    """The workload as if most weights were zero, so that only its shape can be refused."""
-    return replace(workload, sparsity=replace(workload.sparsity, density=0.1))
+    """The workload as if most weights were zero in blocks, so that only its shape is refused."""
+    sparsity = replace(workload.sparsity, density=0.1, pattern="block8x1")
+    return replace(workload, sparsity=sparsity)
 
 
 def fitting(kernel: ConvKernel[Any], problem: Problem, target: TargetSpec) -> list[DirectConfig]:
