@@ -69,7 +69,8 @@ def prune_model(
 
     `pattern` is "unstructured", "block4x1" or "block8x1" (4 or 8 consecutive output channels share
     their zeros), "filter" (whole output filters) or "N:M", for example "2:4": N of every M
-    consecutive input channels stay. `density` (0..1] is the share of weights that stay, N / M for "N:M".
+    consecutive input channels stay. `density` (0..1] is the share of weights that stay, N / M for
+    "N:M".
 
     Left dense, unless `layer_density` names them: fully connected layers, the convolution that
     reads the network's input, depthwise convolutions. All else in the file stays the same.

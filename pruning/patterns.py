@@ -35,8 +35,8 @@ class Pattern:
 
     `n` and `m` belong to "n:m": n nonzeros in every m consecutive input channels, at each kernel
     tap (for 1x1 and fully connected layers this is the flattened input axis). `block` belongs to
-    "block4x1" and "block8x1", `supports` (distinct kernel supports) and `taps` (nonzeros in each) to
-    "kernel".
+    "block4x1" and "block8x1"; `supports` (distinct kernel supports) and `taps` (nonzeros in each)
+    belong to "kernel".
     """
 
     kind: PatternKind

@@ -100,6 +100,9 @@ class Estimator:
         nonzeros = rows * taps * union
         factor = self.miss_factor(config.in_block * self.tile_bytes(tile))
         fma = vectors * config.out_block / 2 + vectors * (factor - 1) / 2
+        if config.out_block > 1:
+            # Its inputs are in registers too, beside a weight; what does not fit, spills.
+            fma += max(0, vectors * (config.out_block + 1) + 1 - self.target.registers)
         per_row = ROW_END_CYCLES + 1.5 * vectors * config.out_block
         return tiles_all * (nonzeros * (NONZERO_CYCLES + fma) + rows * in_blocks * per_row)
 

@@ -409,12 +409,12 @@ class ConvKernelContract:
         pad = kernel_size // 2
         case = ConvCase(
             channels=64,
-            outputs=4,
+            outputs=8,
             plane=(224, 224),
             kernel=(kernel_size, kernel_size),
             padding=(pad, pad, pad, pad),
         )
-        weight = np.ones((4, 64, kernel_size, kernel_size), np.float32)
+        weight = np.ones((8, 64, kernel_size, kernel_size), np.float32)
         workload = sparse_enough(make_workload(case, weight))
         site = ConvSite(workload, make_views(case, workload, target.lanes), target)
         found = kernel.knobs(site)
