@@ -91,11 +91,12 @@ class Block8Sparse(BlockSparse):
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
         """Serves weights whose zeros come in such blocks, where registers hold several vectors."""
-        if workload.sparsity.pattern != "block8x1":
-            return f"the zeros are {workload.sparsity.pattern}, not block8x1"
-        if target.registers < 32:
-            return f"{target.registers} registers hold a single vector of 8 output channels"
-        return super().refuses(workload, target)
+        why = super().refuses(workload, target)
+        if why is None and workload.sparsity.pattern != "block8x1":
+            why = f"the zeros are {workload.sparsity.pattern}, not block8x1"
+        if why is None and target.registers < 32:
+            why = f"{target.registers} registers hold a single vector of 8 output channels"
+        return why
 
 
 class DirectDense(_Direct):
