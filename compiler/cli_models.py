@@ -158,7 +158,7 @@ def prune(
         float | None, typer.Option(help="Share of each layer's weights that stay, 0 to 1.")
     ] = None,
     pattern: Annotated[
-        str, typer.Option(help="unstructured, block4x1, filter, or N:M such as 2:4.")
+        str, typer.Option(help="unstructured, block4x1, block8x1, filter, or N:M such as 2:4.")
     ] = "unstructured",
     layer_density: Annotated[
         list[str] | None,
