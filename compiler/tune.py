@@ -23,6 +23,7 @@ from topiarist.compiler.choose import (
     Plan,
     alike,
     conv_views,
+    layer_error,
     layout_plans,
     workload_of,
 )
@@ -220,7 +221,8 @@ def find_tasks(
             if node.name not in names[key]:
                 names[key].append(node.name)
     wanted = [key for key in layers if not options.layers or {*options.layers} & {*names[key]}]
-    spaces = {key: _space(names[key][0], layers[key].site, recorded) for key in wanted}
+    error = layer_error(len(convs))
+    spaces = {key: _space(names[key][0], layers[key].site, recorded, error) for key in wanted}
     history = History(columns_of([o.features for _, space in spaces.values() for o in space]))
     tasks: list[Task] = []
     for key in wanted:
@@ -231,14 +233,16 @@ def find_tasks(
     return tasks, len(layouts)
 
 
-def _space(name: str, site: ConvSite, recorded: Recorded) -> tuple[list[Variant], list[Option]]:
-    """All candidates of a layer in its place, and what a search knows of them."""
+def _space(
+    name: str, site: ConvSite, recorded: Recorded, max_error: float
+) -> tuple[list[Variant], list[Option]]:
+    """All candidates of a layer that are exact enough, and what a search knows of them."""
     variants = [
         Variant(kernel, config)
         for kernel in CONV_KERNELS
         if kernel.refuses(site.workload, site.target) is None
         for config in kernel.knobs(site)
-        if kernel.fits(site, config)
+        if kernel.fits(site, config) and kernel.added_error(config) <= max_error
     ]
     if not variants:
         raise BuildError(f"{name}: no kernel serves the layer between its layouts")

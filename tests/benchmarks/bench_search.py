@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from measure import ROOT, setting
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from tests.benchmarks.measure import ROOT, setting
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
 from topiarist.compiler.light_models import light_model

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from topiarist.compiler.choose import Chooser, Mode
+from topiarist.compiler.choose import MAX_ERROR, Chooser, Mode
 from topiarist.compiler.graph import Conv, FloatArray, Graph, Value
 from topiarist.compiler.measure import Timer
 from topiarist.compiler.parts import Parts
@@ -40,7 +40,12 @@ def sparse_weight(density: float) -> FloatArray:
 
 
 def chooser(
-    graph: Graph, *, dense: bool = False, log: Path | None = None, mode: Mode = "measure"
+    graph: Graph,
+    *,
+    dense: bool = False,
+    log: Path | None = None,
+    mode: Mode = "measure",
+    max_error: float = MAX_ERROR,
 ) -> Chooser:
     """A contest on this machine with one thread."""
     spec = detect()
@@ -52,6 +57,7 @@ def chooser(
         dense=dense,
         mode=mode,
         recorded=recorded,
+        max_error=max_error,
         progress=lambda *_: None,
     )
 
@@ -66,6 +72,21 @@ def test_dense_candidates_take_part() -> None:
 def test_dense_builds_leave_the_sparse_kernels_out() -> None:
     choice = chooser(one_conv(sparse_weight(0.1)), dense=True).plans()[0].choices["conv"]
     assert choice.timed and not any(conv_kernel(c.kernel).sparse for c in choice.timed)
+
+
+@pytest.mark.parametrize(
+    ("max_error", "kernels"),
+    [(0.0, {"direct_dense"}), (2e-6, {"direct_dense", "winograd_dense"})],
+)
+def test_inexact_kernels_keep_to_the_error_budget(max_error: float, kernels: set[str]) -> None:
+    """Of one layer, the whole budget is its own: enough for F(2x2) but not for F(4x4)."""
+    plan = chooser(
+        one_conv(sparse_weight(1.0)), dense=True, mode="estimate", max_error=max_error
+    ).plans()[0]
+    timed = plan.choices["conv"].timed
+    assert {c.kernel for c in timed} == kernels
+    for candidate in timed:
+        assert conv_kernel(candidate.kernel).added_error(candidate.config) <= max_error
 
 
 def test_a_log_spares_the_timing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
