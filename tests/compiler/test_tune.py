@@ -140,7 +140,7 @@ def test_one_seed_one_order(model: Path, tmp_path: Path, strategy: str) -> None:
     orders = []
     for i, seed in enumerate((1, 1, 2)):
         measurer = Invented(by_size)
-        options = TuneOptions(trials=24, strategy=strategy, seed=seed)  # type: ignore[arg-type]
+        options = TuneOptions(trials=16, strategy=strategy, seed=seed)  # type: ignore[arg-type]
         make_tuner(model, tmp_path / f"{i}.jsonl", measurer, options).run()
         orders.append(measurer.seen)
     assert orders[0] == orders[1]
