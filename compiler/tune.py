@@ -348,14 +348,17 @@ class Tuner:
         return round(max(median / (typical_us(self._references) * 1e-6), 1.0), 3)
 
     def _next(self) -> Task | None:
-        """The task where the most is to be gained, None if all are done."""
+        """The task where the most is to be gained, None if all are done.
+
+        At first each gets a batch: layouts can't be compared before all their layers have a time.
+        """
+        for task in self.tasks:
+            if not task.strategy.taken:
+                return task
         weights = self._weights()
         open_tasks = [task for task in self.tasks if weights[task] and not self._is_done(task)]
         if not open_tasks:
             return None
-        fresh = [task for task in open_tasks if not task.strategy.taken]
-        if fresh:
-            return fresh[0]
         return max(open_tasks, key=lambda task: weights[task] * task.best_us * 0.5**task.stale)
 
     def _is_done(self, task: Task) -> bool:
