@@ -72,7 +72,7 @@ class Invented:
     def measure(self, layer: Layer, variants: Sequence[Variant]) -> Batch:
         self.now += 1.0
         self.batches += 1
-        self.seen += [f"{layer.site.workload.key} {v.kernel.name} {v.config}" for v in variants]
+        self.seen += [name_of(layer, variant) for variant in variants]
         outcomes = []
         for variant in variants:
             us = self.price(variant)
@@ -85,6 +85,13 @@ class Invented:
 
     def clock(self) -> float:
         return self.now
+
+
+def name_of(layer: Layer, variant: Variant) -> str:
+    """What was measured, and where."""
+    site = layer.site
+    place = f"{site.workload.key} {site.views.x.layout} {site.views.y.layout}"
+    return f"{place} {variant.kernel.name} {variant.config}"
 
 
 def by_size(variant: Variant) -> float:
@@ -252,9 +259,7 @@ def test_what_contradicts_an_earlier_record_is_measured_again(model: Path, tmp_p
     assert second.tasks[0].best_us < task.best_us
     second.run()
     second.confirm()
-    assert measurer.seen == [
-        f"{task.site.workload.key} {task.variants[index].kernel.name} {task.variants[index].config}"
-    ]
+    assert measurer.seen == [name_of(task.layer, task.variants[index])]
     assert second.tasks[0].best_us == pytest.approx(task.best_us)
     third = make_tuner(model, log, Invented(by_size), TuneOptions(trials=8))
     third.confirm()
