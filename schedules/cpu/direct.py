@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tvm.script.ir_builder import tirx as T
 
 from topiarist.schedules.cpu import emit
-from topiarist.schedules.cpu.ahead import Ahead
+from topiarist.schedules.cpu.ahead import LINE, Ahead
 from topiarist.schedules.kernel import ConvViews, KernelConfig
 from topiarist.schedules.layout import (
     Halo,
@@ -31,6 +31,7 @@ from topiarist.schedules.workload import ConvWorkload
 
 FloatArray = NDArray[np.float32]
 MAX_OFFSET = 1 << 16
+NONZEROS_AHEAD = 256
 FETCHED_AHEAD = 4  # visits
 EVEN = 1.05  # the busiest thread's share of tasks, relative to an even one, that is good enough
 
@@ -288,6 +289,12 @@ class _Csr:
     starts: Any
     order: Any
 
+    def fetch(self, at: Any, block: int) -> None:
+        """Ask for nonzeros that are needed soon: about as many as a visit uses."""
+        emit.prefetch(self.values, at * block)
+        emit.prefetch(self.values, at * block + LINE)
+        emit.prefetch(self.offsets, at)
+
 
 def _sparse_body(k: _Kernel, ops: _Operands, weight: _Csr) -> Callable[[Any, Any, Any, Any], None]:
     """The loops inside a tile of the sparse form."""
@@ -313,6 +320,7 @@ def _sparse_body(k: _Kernel, ops: _Operands, weight: _Csr) -> Callable[[Any, Any
                     if k.workload.pointwise and k.group_out > k.group_in:
                         k.fetch(ops.y, y_base + group * k.group_out * y_stride, weight.order, visit)
                     begin = T.bind(weight.starts[visit])
+                    weight.fetch(begin + NONZEROS_AHEAD, block)
                     with T.serial(0, weight.starts[visit + 1] - begin) as j:
                         tap = x_block + T.cast(weight.offsets[begin + j], "int32") * k.lanes
                         for a in range(block):
