@@ -152,6 +152,11 @@ def alike(workload: ConvWorkload, views: ConvViews) -> Hashable:
     return replace(workload, sparsity=sparsity), strip(views)
 
 
+def layer_error(layers: int, max_error: float = MAX_ERROR) -> float:
+    """What each of so many layers may add: their errors are independent, so squares add up."""
+    return max_error / math.sqrt(max(1, layers))
+
+
 class Chooser:
     """Finds each layer's candidates with their times, remembering layers that are alike.
 
@@ -184,8 +189,7 @@ class Chooser:
         self.workloads = {
             node.name: workload_of(node, graph) for node in graph.nodes if isinstance(node, Conv)
         }
-        # Errors of layers are independent: their squares add up.
-        self.layer_error = max_error / math.sqrt(max(1, len(self.workloads)))
+        self.layer_error = layer_error(len(self.workloads), max_error)
         self._convs: dict[Hashable, Choice | None] = {}
         self._moves: dict[Any, float] = {}
 

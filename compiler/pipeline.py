@@ -58,9 +58,9 @@ def compile_model(
     a sparse build is compared with. `max_error` bounds the error, relative to the largest output,
     that Winograd kernels may add; 0 leaves them out. `log` is a tuning log or a folder of them,
     asked before the logs that come with the package; what is timed is added to it, unless
-    `add_to_log` is False.
-    `strict` takes every time from the logs: nothing is measured, and the same model and logs give
-    the same bundle. `progress(stage, done, total)` is called along the way.
+    `add_to_log` is False. `strict` takes every time from the logs: nothing is measured, and the
+    same model and logs give the same bundle. `progress(stage, done, total)` is called along the
+    way.
     Raises ModelError, TargetError, OutputError, BuildError, TuningLogError or, if `strict`,
     MissingRecordsError, each saying what to do.
     """

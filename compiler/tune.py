@@ -23,6 +23,7 @@ from topiarist.compiler.choose import (
     Plan,
     alike,
     conv_views,
+    layer_error,
     layout_plans,
     workload_of,
 )
@@ -220,7 +221,8 @@ def find_tasks(
             if node.name not in names[key]:
                 names[key].append(node.name)
     wanted = [key for key in layers if not options.layers or {*options.layers} & {*names[key]}]
-    spaces = {key: _space(names[key][0], layers[key].site, recorded) for key in wanted}
+    error = layer_error(len(convs))
+    spaces = {key: _space(names[key][0], layers[key].site, recorded, error) for key in wanted}
     history = History(columns_of([o.features for _, space in spaces.values() for o in space]))
     tasks: list[Task] = []
     for key in wanted:
@@ -231,14 +233,16 @@ def find_tasks(
     return tasks, len(layouts)
 
 
-def _space(name: str, site: ConvSite, recorded: Recorded) -> tuple[list[Variant], list[Option]]:
-    """All candidates of a layer in its place, and what a search knows of them."""
+def _space(
+    name: str, site: ConvSite, recorded: Recorded, max_error: float
+) -> tuple[list[Variant], list[Option]]:
+    """All candidates of a layer that are exact enough, and what a search knows of them."""
     variants = [
         Variant(kernel, config)
         for kernel in CONV_KERNELS
         if kernel.refuses(site.workload, site.target) is None
         for config in kernel.knobs(site)
-        if kernel.fits(site, config)
+        if kernel.fits(site, config) and kernel.added_error(config) <= max_error
     ]
     if not variants:
         raise BuildError(f"{name}: no kernel serves the layer between its layouts")
@@ -344,14 +348,17 @@ class Tuner:
         return round(max(median / (typical_us(self._references) * 1e-6), 1.0), 3)
 
     def _next(self) -> Task | None:
-        """The task where the most is to be gained, None if all are done."""
+        """The task where the most is to be gained, None if all are done.
+
+        At first each gets a batch: layouts can't be compared before all their layers have a time.
+        """
+        for task in self.tasks:
+            if not task.strategy.taken:
+                return task
         weights = self._weights()
         open_tasks = [task for task in self.tasks if weights[task] and not self._is_done(task)]
         if not open_tasks:
             return None
-        fresh = [task for task in open_tasks if not task.strategy.taken]
-        if fresh:
-            return fresh[0]
         return max(open_tasks, key=lambda task: weights[task] * task.best_us * 0.5**task.stale)
 
     def _is_done(self, task: Task) -> bool:
