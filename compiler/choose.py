@@ -7,6 +7,7 @@ inside the network.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Hashable
@@ -37,6 +38,7 @@ Progress = Callable[[str, int, int], None]
 Mode = Literal["estimate", "measure", "finalists", "strict"]
 
 ASSIGNMENTS = 3
+MAX_ERROR = 1e-4
 FIRST_TRIES = 2  # of a kernel that then lies HOPELESS times behind
 HOPELESS = 2.0
 # Rough rates for estimates: a dense layer reads its weights once; a sparse one gathers inputs.
@@ -156,7 +158,8 @@ class Chooser:
     Modes: "estimate" times nothing; "measure" times what the logs don't have; "finalists" takes
     convolutions as the logs have them timed alone; "strict" takes everything from the logs, as
     timed in the network where that was done. The last two raise MissingRecordsError naming the
-    layers that have no record.
+    layers that have no record. `max_error` bounds what inexact kernels (Winograd) add to the
+    error of the network's outputs, relative to the largest; 0 leaves them out.
     """
 
     def __init__(
@@ -167,6 +170,7 @@ class Chooser:
         dense: bool,
         mode: Mode,
         recorded: Recorded | None = None,
+        max_error: float = MAX_ERROR,
         progress: Progress,
     ) -> None:
         self.graph = graph
@@ -180,13 +184,37 @@ class Chooser:
         self.workloads = {
             node.name: workload_of(node, graph) for node in graph.nodes if isinstance(node, Conv)
         }
+        # Errors of layers are independent: their squares add up.
+        self.layer_error = max_error / math.sqrt(max(1, len(self.workloads)))
         self._convs: dict[Hashable, Choice | None] = {}
         self._moves: dict[Any, float] = {}
 
     def plans(self) -> list[Plan]:
-        """A plan for each of the cheapest lattice assignments, the best first."""
+        """A plan for each of the cheapest lattice assignments, the best first.
+
+        Where earlier trials have settled whole plans, the others are not measured any more.
+        """
         count = 1 if self.mode == "estimate" else ASSIGNMENTS
-        all_layouts = layout_plans(self.graph, self.target.lanes, count)
+        layouts = layout_plans(self.graph, self.target.lanes, count)
+        plans: list[Plan] = []
+        if self.mode == "measure" and self.recorded is not None and not self.dense:
+            plans = [plan for plan in self._as_strict()._complete(layouts)[0] if plan.settled]
+        if not plans:
+            plans, missing = self._complete(layouts)
+            if not plans:
+                raise self._not_found(min(missing, key=len))
+        if self.recorded is not None and all(plan.settled for plan in plans):
+            plans = self._as_networks(plans, self.recorded)
+        return sorted(plans, key=lambda plan: plan.total_us)
+
+    def _as_strict(self) -> Chooser:
+        """This one, taking everything from the logs."""
+        other = copy.copy(self)
+        other.mode, other.timer, other._convs = "strict", None, {}
+        return other
+
+    def _complete(self, all_layouts: list[LayoutPlan]) -> tuple[list[Plan], list[list[str]]]:
+        """The plans whose layers all have a time, and the layers that have none in the others."""
         convs = [node for node in self.graph.nodes if isinstance(node, Conv)]
         steps = max(1, len(all_layouts) * len(convs))
         linears = self._linears()
@@ -198,16 +226,13 @@ class Chooser:
                 self.progress("time kernels", i * len(convs) + j, steps)
                 found[node.name] = self._conv(node, conv_views(node, layouts))
             choices = {name: choice for name, choice in found.items() if choice is not None}
-            missing.append([name for name in found if name not in choices])
-            if not missing[-1]:
-                total = self._moves_us(layouts) + sum(c.chosen.run_us for c in choices.values())
-                plans.append(Plan(layouts, self.workloads, choices, total))
+            if len(choices) == len(found):
+                plan = Plan(layouts, self.workloads, choices, 0.0)
+                plans.append(replace(plan, total_us=self._total_us(plan)))
+            else:
+                missing.append([name for name in found if name not in choices])
         self.progress("time kernels", steps, steps)
-        if not plans:
-            raise self._not_found(min(missing, key=len))
-        if self.recorded is not None and all(plan.settled for plan in plans):
-            plans = self._as_networks(plans, self.recorded)
-        return sorted(plans, key=lambda plan: plan.total_us)
+        return plans, missing
 
     def _not_found(self, layers: list[str]) -> TopiaristError:
         """The error for layers that the logs have nothing of."""
@@ -281,7 +306,7 @@ class Chooser:
         return [
             Candidate(known.kernel.name, known.config, known.record.run_us, recorded=known.record)
             for known in self.recorded.convs(site, measured)
-            if known.kernel in usable
+            if known.kernel in usable and self._exact_enough(known.kernel, known.config)
         ]
 
     def _try(
@@ -309,8 +334,15 @@ class Chooser:
     def _shortlist(self, kernel: ConvKernel[Any], site: ConvSite) -> list[KernelConfig]:
         """The configurations worth trying, most promising first."""
         count = kernel.tries if self.timer is not None else 1
-        fitting = (config for config in kernel.knobs(site) if kernel.fits(site, config))
+        fitting = (
+            config
+            for config in kernel.knobs(site)
+            if kernel.fits(site, config) and self._exact_enough(kernel, config)
+        )
         return list(itertools.islice(fitting, count))
+
+    def _exact_enough(self, kernel: ConvKernel[Any], config: Any) -> bool:
+        return kernel.added_error(config) <= self.layer_error
 
     def _candidate(
         self, kernel: ConvKernel[Any], config: KernelConfig, node: Conv, site: ConvSite
@@ -334,15 +366,19 @@ class Chooser:
         assert self.timer is not None
         return self.timer.seconds(self.parts.compiled([name])[name], args)
 
-    def _moves_us(self, layouts: LayoutPlan) -> float:
-        return sum(self._move_us(layouts, c.value, c.place) for c in layouts.copies.values())
+    def _total_us(self, plan: Plan) -> float:
+        """The layers' times and those of the moves; for a settled plan, moves by estimate."""
+        us = self._move_us if self.timer is not None and not plan.settled else self._rough_us
+        moves = sum(us(plan.layouts, c.value, c.place) for c in plan.layouts.copies.values())
+        return moves + sum(choice.chosen.run_us for choice in plan.choices.values())
+
+    def _rough_us(self, layouts: LayoutPlan, value: str, to: Place) -> float:
+        return math.prod(self.graph.values[value].shape) / MOVED_VALUES_PER_US
 
     def _move_us(self, layouts: LayoutPlan, value: str, to: Place) -> float:
         source = layouts.places[value].view
         batch = self.graph.values[value].shape[0]
         key = (source, to.view)
-        if self.timer is None:
-            return math.prod(self.graph.values[value].shape) / MOVED_VALUES_PER_US
         if key not in self._moves:
             name, tables = move(self.parts, source, to.view, batch)
             args = [_any_ref("x", source, batch), *tables, _any_ref("y", to.view, batch)]

@@ -158,7 +158,7 @@ def prune(
         float | None, typer.Option(help="Share of each layer's weights that stay, 0 to 1.")
     ] = None,
     pattern: Annotated[
-        str, typer.Option(help="unstructured, block4x1, filter, or N:M such as 2:4.")
+        str, typer.Option(help="unstructured, block4x1, block8x1, filter, or N:M such as 2:4.")
     ] = "unstructured",
     layer_density: Annotated[
         list[str] | None,
@@ -221,6 +221,13 @@ def compile_(
     dense: Annotated[
         bool, typer.Option("--dense", help="Don't skip zeros: for comparison.")
     ] = False,
+    max_error: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="Error of the outputs, relative to the largest, that Winograd may add; 0: none.",
+        ),
+    ] = 1e-4,
     measure: Annotated[
         bool, typer.Option(help="Time kernels here, or choose by estimate: fast, less good.")
     ] = True,
@@ -260,6 +267,7 @@ def compile_(
             threads=threads,
             batch=batch,
             dense=dense,
+            max_error=max_error,
             measure=measure,
             strict=strict,
             log=user_folder() if log is None and user_folder().exists() else log,
@@ -268,6 +276,8 @@ def compile_(
             progress=progress,
         )
     report = _compile_report(compiled, output, time.perf_counter() - start)
+    for line in compiled.skipped:
+        complain(f"skipped {line}")
     if as_json:
         print_json(report)
     else:
@@ -284,6 +294,7 @@ def _compile_report(compiled: CompiledModel, output: Path, seconds: float) -> di
         **{key: manifest[key] for key in keys},
         "bytes": sum(file.stat().st_size for file in output.iterdir()),
         "seconds": round(seconds, 3),
+        "skipped": list(compiled.skipped),
     }
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -27,12 +28,14 @@ from topiarist.errors import BuildError
 from topiarist.schedules.kernel import ConvKernel, ConvSite, KernelConfig
 from topiarist.tuning_logs.record import Status
 
+Arguments = Iterator[list[Any]]
 Stage = Literal["start", "prepare", "build", "run"]
 
 ROUNDS = 7
 SLICE_S = 0.0015  # least time of one repeat
 FAR_BEHIND = 3.0  # times the batch's fastest; such a candidate is repeated only
 FEW_ROUNDS = 3  # times
+DIGITS = 10  # of seconds: a tenth of a nanosecond
 POLL_S = 0.2
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 
@@ -208,7 +211,7 @@ class _Built:
 
     index: int
     function: Any
-    args: list[Any]
+    arguments: Arguments
     number: int = 1
     rounds: int = ROUNDS
     seconds: list[float] = field(default_factory=list)
@@ -276,7 +279,7 @@ class _Bench:
         self.reference = _Built(-1, *reference_kernel(self.parts))
 
     def _build(self, index: int, variant: Variant) -> _Built | Outcome:
-        import tvm
+        from topiarist.compiler.measure import taking_turns
 
         assert self._layer is not None
         site = self._layer.site
@@ -287,14 +290,14 @@ class _Bench:
             function = self.parts.compiled([name])[name]
         except Exception as error:  # whatever a kernel's author got wrong
             return Outcome((), "build_error", f"{type(error).__name__}: {error}")
-        constants = [tvm.runtime.tensor(array) for array in packed]
-        return _Built(index, function, [self.x, *constants, self.bias, *self.residual, self.y])
+        args = [self.x, *packed, self.bias, *self.residual, self.y]
+        return _Built(index, function, taking_turns(args))
 
     def _check(self, built: _Built) -> str | None:
         """Run once on known data; what is wrong with the result, None if nothing is."""
         self.y.copyfrom(self.expected.y_before)
         try:
-            self.pool.call(lambda: built.function(*built.args))
+            self.pool.call(lambda: built.function(*next(built.arguments)))
         except Exception as error:  # as above: arguments that don't fit, say
             return f"{type(error).__name__}: {error}"
         return self.expected.mismatch(self.y.numpy())
@@ -318,7 +321,7 @@ class _Bench:
         return tuple(self.reference.seconds)
 
 
-def reference_kernel(parts: Any) -> tuple[Any, list[Any]]:
+def reference_kernel(parts: Any) -> tuple[Any, Arguments]:
     """A fully connected layer with weights of 512 KiB: a function that never changes, its args."""
     import tvm
 
@@ -334,12 +337,12 @@ def reference_kernel(parts: Any) -> tuple[Any, list[Any]]:
     random = np.random.default_rng(0)
     sizes = (shape.inputs, shape.inputs * shape.outputs, shape.outputs, shape.outputs)
     args = [tvm.runtime.tensor(random.random(size, np.float32)) for size in sizes]
-    return parts.compiled([name])[name], args
+    return parts.compiled([name])[name], itertools.repeat(args)
 
 
 def _seconds(built: _Built, number: int) -> float:
     """The mean of so many calls."""
     start = time.perf_counter()
     for _ in range(number):
-        built.function(*built.args)
-    return (time.perf_counter() - start) / number
+        built.function(*next(built.arguments))
+    return round((time.perf_counter() - start) / number, DIGITS)

@@ -18,12 +18,12 @@ def unstructured_mask(scores: Scores, density: float) -> Mask:
     return _largest(scores, density)
 
 
-def block_mask(scores: Scores, density: float, groups: int = 1) -> Mask:
-    """Blocks of 4 consecutive output channels share their zeros.
+def block_mask(scores: Scores, density: float, groups: int = 1, block: int = 4) -> Mask:
+    """Blocks of `block` consecutive output channels share their zeros.
 
     A group's last block may be smaller, so blocks compete by their root mean square.
     """
-    starts = block_starts(len(scores), groups)
+    starts = block_starts(len(scores), groups, block)
     sizes = np.diff(starts, append=len(scores))
     energy = np.add.reduceat(scores**2, starts, axis=0)
     kept = _largest(energy / sizes[:, None, None, None], density)

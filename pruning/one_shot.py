@@ -18,7 +18,8 @@ from topiarist.pruning.masks import block_mask, filter_mask, n_m_mask, unstructu
 from topiarist.pruning.patterns import Mask
 from topiarist.pruning.saliency import magnitude
 
-PATTERNS = ("unstructured", "block4x1", "filter", "N:M")
+BLOCKS = {"block4x1": 4, "block8x1": 8}
+PATTERNS = ("unstructured", *BLOCKS, "filter", "N:M")
 FEW_CHANNELS = 4
 
 
@@ -48,8 +49,8 @@ class _Method:
     def mask(self, layer: WeightedLayer, density: float) -> Mask:
         """The weights to keep, by magnitude."""
         scores = magnitude(layer.weight)
-        if self.pattern == "block4x1":
-            return block_mask(scores, density, layer.groups)
+        if self.pattern in BLOCKS:
+            return block_mask(scores, density, layer.groups, BLOCKS[self.pattern])
         if self.pattern == "filter":
             return filter_mask(scores, density)
         if self.m:
@@ -66,9 +67,10 @@ def prune_model(
 ) -> tuple[onnx.ModelProto, list[PrunedLayer]]:
     """A copy of the model with its smallest weights set to zero, and what was done per weight.
 
-    `pattern` is "unstructured", "block4x1" (4 consecutive output channels share their zeros),
-    "filter" (whole output filters) or "N:M", for example "2:4": N of every M consecutive input
-    channels stay. `density` (0..1] is the share of weights that stay, N / M for "N:M".
+    `pattern` is "unstructured", "block4x1" or "block8x1" (4 or 8 consecutive output channels share
+    their zeros), "filter" (whole output filters) or "N:M", for example "2:4": N of every M
+    consecutive input channels stay. `density` (0..1] is the share of weights that stay, N / M for
+    "N:M".
 
     Left dense, unless `layer_density` names them: fully connected layers, the convolution that
     reads the network's input, depthwise convolutions. All else in the file stays the same.

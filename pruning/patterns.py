@@ -14,10 +14,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-PatternKind = Literal["dense", "unstructured", "block4x1", "n:m", "kernel", "filter", "channel"]
+PatternKind = Literal[
+    "dense", "unstructured", "block4x1", "block8x1", "n:m", "kernel", "filter", "channel"
+]
 Mask = NDArray[np.bool_]
 
-BLOCK = 4  # output channels per block of "block4x1"
+BLOCKS = (8, 4)  # output channels per block of "block8x1" and "block4x1", the more specific first
 GROUP_SIZES = (2, 4, 8, 16)  # the M of N:M that are looked for, the most specific first
 MAX_SUPPORTS = 16  # distinct kernel supports; PatDNN (ASPLOS'20) uses 4 to 12
 
@@ -33,7 +35,8 @@ class Pattern:
 
     `n` and `m` belong to "n:m": n nonzeros in every m consecutive input channels, at each kernel
     tap (for 1x1 and fully connected layers this is the flattened input axis). `block` belongs to
-    "block4x1", `supports` (distinct kernel supports) and `taps` (nonzeros in each) to "kernel".
+    "block4x1" and "block8x1"; `supports` (distinct kernel supports) and `taps` (nonzeros in each)
+    belong to "kernel".
     """
 
     kind: PatternKind
@@ -77,10 +80,10 @@ def find_pattern(weight: NDArray[Any], groups: int = 1) -> Pattern:
     )
 
 
-def block_starts(filters: int, groups: int = 1) -> list[int]:
-    """First filter of each block of 4; blocks don't cross groups, a group's last may be smaller."""
+def block_starts(filters: int, groups: int = 1, block: int = 4) -> list[int]:
+    """First filter of each block; blocks don't cross groups, a group's last may be smaller."""
     per_group = filters // groups
-    return [g * per_group + i for g in range(groups) for i in range(0, per_group, BLOCK)]
+    return [g * per_group + i for g in range(groups) for i in range(0, per_group, block)]
 
 
 def _structure(
@@ -124,16 +127,19 @@ def _kernel_pattern(mask: Mask) -> dict[str, Any] | None:
 
 def _block_pattern(mask: Mask, groups: int) -> dict[str, Any] | None:
     """Of the blocks with a nonzero, nearly all have nothing but nonzeros."""
-    starts = np.array(block_starts(len(mask), groups))
-    sizes = np.diff(np.append(starts, len(mask)))
-    counts = np.add.reduceat(mask, starts, axis=0, dtype=np.uint8)[sizes == BLOCK]
-    live = int(np.count_nonzero(counts))
-    full = int(np.count_nonzero(counts == BLOCK))
-    if not live or full < _NEARLY_ALL * live:
-        return None
     density = float(mask.mean())
-    by_chance = live * log(density**BLOCK / (1 - (1 - density) ** BLOCK))
-    return {"kind": "block4x1", "block": BLOCK} if by_chance < _CHANCE else None
+    for block in BLOCKS:
+        starts = np.array(block_starts(len(mask), groups, block))
+        sizes = np.diff(np.append(starts, len(mask)))
+        counts = np.add.reduceat(mask, starts, axis=0, dtype=np.uint8)[sizes == block]
+        live = int(np.count_nonzero(counts))
+        full = int(np.count_nonzero(counts == block))
+        if not live or full < _NEARLY_ALL * live:
+            continue
+        by_chance = live * log(density**block / (1 - (1 - density) ** block))
+        if by_chance < _CHANCE:
+            return {"kind": f"block{block}x1", "block": block}
+    return None
 
 
 def _n_m_pattern(mask: Mask) -> dict[str, Any] | None:

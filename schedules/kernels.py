@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from topiarist.schedules.cpu.depthwise import Depthwise
-from topiarist.schedules.cpu.kernels import BlockSparse, DirectDense, DirectSparse
+from topiarist.schedules.cpu.kernels import Block8Sparse, BlockSparse, DirectDense, DirectSparse
 from topiarist.schedules.cpu.winograd import WinogradDense
 from topiarist.schedules.kernel import ConvKernel
 
 CONV_KERNELS: tuple[ConvKernel[Any], ...] = (
     DirectSparse(),
     BlockSparse(),
+    Block8Sparse(),
     DirectDense(),
     Depthwise(),
     WinogradDense(),

@@ -14,7 +14,6 @@ from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets.spec import TargetSpec
 
 MAX_SPARSE_DENSITY = 0.75  # above it the sparse form has never won
-BLOCK = 4
 
 
 class _Direct(ConvKernel[DirectConfig]):
@@ -72,16 +71,33 @@ class BlockSparse(DirectSparse):
     """Direct sparse convolution, four output channels at a time on the union of their nonzeros."""
 
     name = "block_sparse"
+    block = 4
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
-        """Serves groups of four output channels."""
-        if workload.out_channels // workload.groups % BLOCK:
-            return f"output channels per group are no multiple of {BLOCK}"
+        """Serves groups of whole blocks of output channels."""
+        if workload.out_channels // workload.groups % self.block:
+            return f"output channels per group are no multiple of {self.block}"
         return super().refuses(workload, target)
 
     def knobs(self, site: ConvSite) -> list[DirectConfig]:
         """Tiles of vectors and blocks of input channels."""
-        return space.block_configs(space.Estimator.of(site), BLOCK)
+        return space.block_configs(space.Estimator.of(site), self.block)
+
+
+class Block8Sparse(BlockSparse):
+    """Direct sparse convolution, eight output channels at a time, for the pattern `block8x1`."""
+
+    name = "block8_sparse"
+    block = 8
+
+    def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
+        """Serves weights whose zeros come in such blocks, where registers hold several vectors."""
+        why = super().refuses(workload, target)
+        if why is None and workload.sparsity.pattern != "block8x1":
+            why = f"the zeros are {workload.sparsity.pattern}, not block8x1"
+        if why is None and target.registers < 32:
+            why = f"{target.registers} registers hold a single vector of 8 output channels"
+        return why
 
 
 class DirectDense(_Direct):

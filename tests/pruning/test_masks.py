@@ -32,13 +32,14 @@ def test_ties_go_to_the_earlier_position():
     ]
 
 
-def test_blocks_share_their_zeros_and_follow_the_norm():
-    scores = _scores(8, 5, 3, 3)
-    mask = block_mask(scores, 0.4)
-    blocks = mask.reshape(2, 4, 45)
+@pytest.mark.parametrize("block", [4, 8])
+def test_blocks_share_their_zeros_and_follow_the_norm(block):
+    scores = _scores(2 * block, 5, 3, 3)
+    mask = block_mask(scores, 0.4, block=block)
+    blocks = mask.reshape(2, block, 45)
     assert (blocks == blocks[:, :1]).all()
     assert blocks[:, 0].sum() == round(0.4 * 90)
-    norms = np.linalg.norm(scores.reshape(2, 4, 45), axis=1)
+    norms = np.linalg.norm(scores.reshape(2, block, 45), axis=1)
     assert norms[blocks[:, 0]].min() > norms[~blocks[:, 0]].max()
 
 

@@ -38,10 +38,11 @@ def test_tiny_random_weights_are_not_taken_for_structured(seed):
 
 @pytest.mark.parametrize("shape", SHAPES[:4])
 @pytest.mark.parametrize("density", [0.5, 0.1, 0.05])
-def test_blocks(shape, density):
+@pytest.mark.parametrize("block", [4, 8])
+def test_blocks(shape, density, block):
     weight = _weight(shape)
-    found = find_pattern(weight * block_mask(np.abs(weight), density))
-    assert (found.kind, found.block) == ("block4x1", 4)
+    found = find_pattern(weight * block_mask(np.abs(weight), density, block=block))
+    assert (found.kind, found.block) == (f"block{block}x1", block)
 
 
 def test_blocks_stay_inside_groups():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +24,8 @@ from tests.schedules.building import (
     relative_error,
     run_all,
 )
+from topiarist.pruning.masks import block_mask, n_m_mask
+from topiarist.pruning.patterns import Mask, find_pattern
 from topiarist.schedules.cpu.direct import refuses_views, required_halo
 from topiarist.schedules.cpu.space import tiles
 from topiarist.schedules.kernel import ConvKernel, ConvSite, ConvViews, KernelConfig
@@ -155,6 +158,22 @@ CASES = {
         POINTWISE, strides=(2, 2), tiled_input=True, tiled_output=True, plane=(14, 14)
     ),
     "to_tiled": ConvCase(tiled_output=True, part=True),
+}
+
+
+def one_of_three_supports(scores: FloatArray) -> Mask:
+    """Four taps of each kernel [3, 3], in one of three patterns."""
+    rows = ("110110000", "010101010", "000001111")
+    supports = np.array([[int(tap) for tap in row] for row in rows])
+    chosen = np.random.default_rng(2).integers(0, len(supports), scores.shape[:2])
+    return supports[chosen].reshape(scores.shape) != 0
+
+
+PATTERNS: dict[str, Callable[[FloatArray], Mask]] = {
+    "1:4": lambda scores: n_m_mask(scores, 1, 4),
+    "kernel": one_of_three_supports,
+    "block4x1": lambda scores: block_mask(scores, 0.3),
+    "block8x1": lambda scores: block_mask(scores, 0.3, block=8),
 }
 
 
@@ -299,8 +318,9 @@ def check(
 
 
 def sparse_enough(workload: ConvWorkload) -> ConvWorkload:
-    """The workload as if most weights were zero, so that only its shape can be refused."""
-    return replace(workload, sparsity=replace(workload.sparsity, density=0.1))
+    """The workload as if most weights were zero in blocks, so that only its shape is refused."""
+    sparsity = replace(workload.sparsity, density=0.1, pattern="block8x1")
+    return replace(workload, sparsity=sparsity)
 
 
 def fitting(kernel: ConvKernel[Any], problem: Problem, target: TargetSpec) -> list[Any]:
@@ -354,6 +374,19 @@ class ConvKernelContract:
         turn = list(CASES).index(name) + lane_splits(target.lanes).index((target.lanes, 1))
         config = spread(fitting(kernel, problem, target))[turn % 3]
         check(kernel, problem, [config], target, CASES[name].threads)
+
+    @pytest.mark.parametrize("pattern", PATTERNS)
+    def test_patterns_of_zeros(
+        self, kernel: ConvKernel[Any], target: TargetSpec, pattern: str
+    ) -> None:
+        """N:M, kernel patterns and blocks, for kernels made for them and all others."""
+        problem = make_problem(ConvCase(channels=16, outputs=16, density=1.0), target.lanes)
+        kept = PATTERNS[pattern](np.abs(problem.weight))
+        weight = np.where(kept, problem.weight, np.float32(0))
+        assert str(find_pattern(weight)) == pattern
+        workload = replace(problem.workload, sparsity=signature(weight, pattern))
+        pruned = replace(problem, weight=weight, workload=workload)
+        check(kernel, pruned, fitting(kernel, pruned, target)[:1], target)
 
     @pytest.mark.parametrize("residual", [None, "in_place"])
     @pytest.mark.parametrize("name", ["many_inputs", "in_place_tiled"])
@@ -417,12 +450,12 @@ class ConvKernelContract:
         pad = kernel_size // 2
         case = ConvCase(
             channels=64,
-            outputs=4,
+            outputs=8,
             plane=(224, 224),
             kernel=(kernel_size, kernel_size),
             padding=(pad, pad, pad, pad),
         )
-        weight = np.ones((4, 64, kernel_size, kernel_size), np.float32)
+        weight = np.ones((8, 64, kernel_size, kernel_size), np.float32)
         workload = sparse_enough(make_workload(case, weight))
         why = kernel.refuses(workload, target)
         if why is not None:
