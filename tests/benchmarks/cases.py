@@ -191,7 +191,7 @@ def _crossing_figure(
     kernel: int,
     bars: Bars,
 ) -> Figure:
-    """The median of the layers' crossings, the lowest and the highest; 0 for one that never wins."""
+    """The median of the layers' crossings, their lowest and highest; 0 where sparse never wins."""
     what = (
         f"nonzeros up to which sparse wins against {against}, {kernel}x{kernel}, median of layers"
     )
