@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -57,15 +59,22 @@ def check_writable(path: Path | str) -> Path:
 
 
 def write_bundle(
-    compiled: CompiledModel, path: Path | str, *, source: Path | str | None = None
+    compiled: CompiledModel,
+    path: Path | str,
+    *,
+    source: Path | str | None = None,
+    reproducible: bool = False,
 ) -> Path:
     """Write the compiled network as a bundle; an existing bundle is replaced.
 
-    `source` is the model file that was compiled. Raises OutputError when the folder can't be
+    `source` is the model file that was compiled. A `reproducible` bundle names it as it is given
+    here, and not where it lies on this machine. Raises OutputError when the folder can't be
     written and BuildError when linking fails; then nothing is left and an old bundle is intact.
     """
     path = check_writable(path)
     origin = None if source is None else describe_source(Path(source))
+    if origin is not None and reproducible:
+        origin = replace(origin, path=str(source))
     aside = _beside(path, "new")
     try:
         aside.mkdir()
@@ -111,16 +120,42 @@ def read_manifest(path: Path | str) -> Manifest:
         raise BundleError(f"{folder}/{MANIFEST} is damaged ({error!r}); {_AGAIN}") from error
 
 
-def open_manifest(path: Path | str) -> Manifest:
-    """The manifest of a bundle that is whole and runs on this machine; BundleError otherwise."""
-    folder = Path(path)
-    manifest = read_manifest(folder)
-    if reason := runs_here(manifest.target):
-        raise BundleError(f"{folder} can't run here: {reason}; compile it for --target host")
-    _check_versions(folder, manifest)
-    for name in (LIBRARY, WEIGHTS):
-        _check_file(folder / name, manifest)
-    return manifest
+class OpenBundle:
+    """A bundle that runs on this machine, its library checked, its weights mapped.
+
+    The weights are hashed meanwhile, in a thread: they are large, and a session has other things
+    to do until they matter. `checked` waits for it. Raises BundleError.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        folder = Path(path)
+        self.manifest = read_manifest(folder)
+        if reason := runs_here(self.manifest.target):
+            raise BundleError(f"{folder} can't run here: {reason}; compile it for --target host")
+        _check_versions(folder, self.manifest)
+        self._path = folder / WEIGHTS
+        with _readable(folder / LIBRARY) as library:
+            _check_size(library, self.manifest)
+            if hash_file(library) != self.manifest.files[LIBRARY].sha256:
+                raise _altered(library)
+        with _readable(self._path), self._path.open("rb") as file:
+            _check_size(self._path, self.manifest)
+            # A private mapping: DLPack refuses read-only arrays, and nobody writes.
+            self.weights = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._digest = ""
+        self._hashing = threading.Thread(target=self._hash)
+        self._hashing.start()
+
+    def _hash(self) -> None:
+        # In one call, which lets go of the interpreter: in pieces it would wait for it each time.
+        self._digest = hashlib.sha256(self.weights).hexdigest()
+
+    def checked(self) -> Manifest:
+        """The manifest, once the weights are known to be those that were written."""
+        self._hashing.join()
+        if self._digest != self.manifest.files[WEIGHTS].sha256:
+            raise _altered(self._path)
+        return self.manifest
 
 
 def _read_json(folder: Path) -> dict[str, Any]:
@@ -155,17 +190,24 @@ def _release(version: str) -> tuple[str, ...]:
     return tuple(version.split("+")[0].split(".")[:3])
 
 
-def _check_file(path: Path, manifest: Manifest) -> None:
-    expected = manifest.files.get(path.name)
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[Path]:
     try:
-        if expected is not None and path.stat().st_size != expected.size:
-            raise BundleError(
-                f"{path} has {path.stat().st_size} bytes and {expected.size} were written; {_AGAIN}"
-            )
-        if expected is None or hash_file(path) != expected.sha256:
-            raise BundleError(f"{path} was altered after it was compiled; {_AGAIN}")
+        yield path
     except OSError as error:
         raise BundleError(f"{path} can't be read ({error.strerror}); {_AGAIN}") from error
+
+
+def _check_size(path: Path, manifest: Manifest) -> None:
+    expected, size = manifest.files.get(path.name), path.stat().st_size
+    if expected is None:
+        raise _altered(path)
+    if size != expected.size:
+        raise BundleError(f"{path} has {size} bytes and {expected.size} were written; {_AGAIN}")
+
+
+def _altered(path: Path) -> BundleError:
+    return BundleError(f"{path} was altered after it was compiled; {_AGAIN}")
 
 
 def _fill(folder: Path, compiled: CompiledModel, source: SourceModel | None) -> None:
@@ -181,7 +223,7 @@ def _fill(folder: Path, compiled: CompiledModel, source: SourceModel | None) -> 
         layers=compiled.layers,
         files={name: _describe(folder / name) for name in (LIBRARY, WEIGHTS)},
         source=source,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=compiled.created,
     )
     (folder / MANIFEST).write_text(manifest.dumps(), encoding="utf-8")
 

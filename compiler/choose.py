@@ -1,16 +1,17 @@
 """The contest of kernels: every candidate of every layer timed in the layer's real layouts.
 
 For each of the few cheapest lattice assignments every convolution's candidates, dense ones
-included, are timed alone. `trial` then runs the best of them inside the network.
+included, are timed alone or looked up in the tuning logs. `trial` then runs the best of them
+inside the network.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,8 +21,8 @@ from topiarist.compiler.layouts import LayoutPlan, LayoutPlanner, Place
 from topiarist.compiler.measure import Timer
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Ref
-from topiarist.compiler.runtime import versions
-from topiarist.errors import BuildError
+from topiarist.compiler.recorded import Recorded, strip
+from topiarist.errors import BuildError, MissingRecordsError, TopiaristError
 from topiarist.pruning.patterns import find_pattern
 from topiarist.schedules.cpu import linear, relayout
 from topiarist.schedules.cpu.kernels import MAX_SPARSE_DENSITY
@@ -29,12 +30,12 @@ from topiarist.schedules.kernel import ConvKernel, ConvSite, ConvViews, KernelCo
 from topiarist.schedules.kernels import CONV_KERNELS
 from topiarist.schedules.layout import PlainLayout, View
 from topiarist.schedules.workload import ConvWorkload, signature
-from topiarist.targets.detect import detect
 from topiarist.targets.spec import TargetSpec
-from topiarist.tuning_logs.record import MeasureInput, TargetKey, TuningRecord, typical_us
-from topiarist.tuning_logs.store import TuningLog
+from topiarist.tuning_logs.record import Measured, TuningRecord, typical_us
 
 Progress = Callable[[str, int, int], None]
+Mode = Literal["estimate", "measure", "finalists", "strict"]
+
 ASSIGNMENTS = 3
 FIRST_TRIES = 2  # of a kernel that then lies HOPELESS times behind
 HOPELESS = 2.0
@@ -47,13 +48,14 @@ SPARSE_LINEAR_RATE = 0.4
 class Candidate:
     """A kernel with its knobs, and its time in microseconds; `config` is None without knobs.
 
-    `measured` tells a time from an estimate.
+    `measured` tells a time from an estimate; `recorded` is the record that it was taken from.
     """
 
     kernel: str
     config: KernelConfig | None
     run_us: float
     measured: bool = True
+    recorded: TuningRecord | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         return self.kernel if self.config is None else f"{self.kernel} {self.config}"
@@ -63,12 +65,14 @@ class Candidate:
 class Choice:
     """What one layer runs and everything that was timed for it, fastest first.
 
-    Layers that are alike share one Choice.
+    Layers that are alike share one Choice. `settled`: the times are of earlier trials in a
+    network, and there is nothing left to try.
     """
 
     chosen: Candidate
     timed: tuple[Candidate, ...]
     refusals: tuple[str, ...] = ()
+    settled: bool = False
 
     @property
     def reason(self) -> str:
@@ -78,6 +82,8 @@ class Choice:
             best.setdefault(candidate.kernel, candidate.run_us)
         others = [f"{k} {us:.0f} us" for k, us in best.items() if k != self.chosen.kernel]
         how = "timed" if self.chosen.measured else "by estimate"
+        if self.chosen.recorded is not None:
+            how = f"in the log, {self.chosen.recorded.measured}"
         return "; ".join([f"fastest of {len(self.timed)} {how}", *others, *self.refusals])
 
 
@@ -92,6 +98,11 @@ class Plan:
     workloads: dict[str, ConvWorkload]
     choices: dict[str, Choice]
     total_us: float
+
+    @property
+    def settled(self) -> bool:
+        """Whether all kernels were chosen in earlier trials."""
+        return all(choice.settled for choice in self.choices.values())
 
 
 def workload_of(node: Conv, graph: Graph) -> ConvWorkload:
@@ -126,19 +137,27 @@ def conv_views(node: Conv, layouts: LayoutPlan) -> ConvViews:
     return ConvViews(x, y, residual[0] if residual else None)
 
 
-def _anonymous(views: ConvViews) -> ConvViews:
-    """The views as far as speed depends on them: which channels of a buffer does not matter."""
+def layout_plans(graph: Graph, lanes: int, count: int = ASSIGNMENTS) -> list[LayoutPlan]:
+    """The layouts of all values, for each of the `count` cheapest lattice assignments."""
+    assignments = assign_lattices(find_levels(graph, lanes), count)
+    return [LayoutPlanner(graph, lattices).plan() for lattices in assignments or [{}]]
 
-    def strip(view: View | None) -> View | None:
-        return None if view is None else replace(view, first=0)
 
-    x, y = strip(views.x), strip(views.y)
-    assert x is not None and y is not None
-    return ConvViews(x, y, strip(views.residual), views.in_place)
+def alike(workload: ConvWorkload, views: ConvViews) -> Hashable:
+    """What layers have in common that take the same time."""
+    density = round(workload.sparsity.density, 2)
+    sparsity = replace(workload.sparsity, density=density, row_quantiles=(0, 0, 0))
+    return replace(workload, sparsity=sparsity), strip(views)
 
 
 class Chooser:
-    """Times candidates, or estimates them (`measure=False`), remembering layers that are alike."""
+    """Finds each layer's candidates with their times, remembering layers that are alike.
+
+    Modes: "estimate" times nothing; "measure" times what the logs don't have; "finalists" takes
+    convolutions as the logs have them timed alone; "strict" takes everything from the logs, as
+    timed in the network where that was done. The last two raise MissingRecordsError naming the
+    layers that have no record.
+    """
 
     def __init__(
         self,
@@ -146,83 +165,140 @@ class Chooser:
         parts: Parts,
         *,
         dense: bool,
-        measure: bool,
-        log: TuningLog | None = None,
+        mode: Mode,
+        recorded: Recorded | None = None,
         progress: Progress,
     ) -> None:
         self.graph = graph
         self.parts = parts
         self.target: TargetSpec = parts.target
-        self.threads = parts.threads
         self.dense = dense
+        self.mode = mode
+        self.recorded = recorded
         self.progress = progress
-        self.timer = Timer(parts.threads) if measure else None
-        self.log = log
-        # Times are of this device, whatever profile the code is built for.
-        here = (
-            replace(parts.target, device_model=detect().device_model) if measure else parts.target
-        )
-        self._device = TargetKey.of(here, parts.threads)
-        self._versions = versions()
+        self.timer = Timer(parts.threads) if mode in ("measure", "finalists") else None
         self.workloads = {
             node.name: workload_of(node, graph) for node in graph.nodes if isinstance(node, Conv)
         }
-        self._convs: dict[Any, Choice] = {}
+        self._convs: dict[Hashable, Choice | None] = {}
         self._moves: dict[Any, float] = {}
 
     def plans(self) -> list[Plan]:
-        """A plan for each of the cheapest lattice assignments, its kernels timed one by one."""
-        count = ASSIGNMENTS if self.timer is not None else 1
-        assignments = assign_lattices(find_levels(self.graph, self.target.lanes), count)
+        """A plan for each of the cheapest lattice assignments, the best first."""
+        count = 1 if self.mode == "estimate" else ASSIGNMENTS
+        all_layouts = layout_plans(self.graph, self.target.lanes, count)
         convs = [node for node in self.graph.nodes if isinstance(node, Conv)]
-        steps = max(1, len(assignments)) * len(convs)
+        steps = max(1, len(all_layouts) * len(convs))
         linears = self._linears()
-        plans = []
-        for i, lattices in enumerate(assignments or [{}]):
-            layouts = LayoutPlanner(self.graph, lattices).plan()
-            choices = dict(linears)
+        plans: list[Plan] = []
+        missing: list[list[str]] = []
+        for i, layouts in enumerate(all_layouts):
+            found = dict(linears)
             for j, node in enumerate(convs):
                 self.progress("time kernels", i * len(convs) + j, steps)
-                choices[node.name] = self._conv(node, conv_views(node, layouts))
-            moves = sum(
-                self._move_us(layouts, copy.value, copy.place) for copy in layouts.copies.values()
-            )
-            total = moves + sum(choice.chosen.run_us for choice in choices.values())
-            plans.append(Plan(layouts, self.workloads, choices, total))
+                found[node.name] = self._conv(node, conv_views(node, layouts))
+            choices = {name: choice for name, choice in found.items() if choice is not None}
+            missing.append([name for name in found if name not in choices])
+            if not missing[-1]:
+                total = self._moves_us(layouts) + sum(c.chosen.run_us for c in choices.values())
+                plans.append(Plan(layouts, self.workloads, choices, total))
         self.progress("time kernels", steps, steps)
+        if not plans:
+            raise self._not_found(min(missing, key=len))
+        if self.recorded is not None and all(plan.settled for plan in plans):
+            plans = self._as_networks(plans, self.recorded)
         return sorted(plans, key=lambda plan: plan.total_us)
 
-    def _conv(self, node: Conv, views: ConvViews) -> Choice:
-        workload = self.workloads[node.name]
-        same = replace(
-            workload.sparsity, density=round(workload.sparsity.density, 2), row_quantiles=(0, 0, 0)
+    def _not_found(self, layers: list[str]) -> TopiaristError:
+        """The error for layers that the logs have nothing of."""
+        text = (
+            f"the tuning logs have no record for {len(layers)} layer(s) on this target, with this "
+            f"number of threads and TVM: {', '.join(layers)}. Tune them: "
+            "`topiarist tune MODEL --target T --threads N --log LOG`"
         )
-        key = (replace(workload, sparsity=same), _anonymous(views))
+        return (
+            MissingRecordsError(text)
+            if self.recorded is None
+            else self.recorded.logs.not_found(text)
+        )
+
+    def _as_networks(self, plans: list[Plan], recorded: Recorded) -> list[Plan]:
+        """With the times of whole networks, if all of the plans have one."""
+        times = [recorded.network_us(self.graph, plan.layouts) for plan in plans]
+        known = [us for us in times if us is not None]
+        if len(known) < len(plans):
+            return plans
+        return [replace(plan, total_us=us) for plan, us in zip(plans, known, strict=True)]
+
+    def _conv(self, node: Conv, views: ConvViews) -> Choice | None:
+        workload = self.workloads[node.name]
+        key = alike(workload, views)
         if key not in self._convs:
             self._convs[key] = self._contest(node, self.parts.site(workload, views))
         return self._convs[key]
 
-    def _contest(self, node: Conv, site: ConvSite) -> Choice:
-        timed: list[Candidate] = []
-        refusals = []
+    def _contest(self, node: Conv, site: ConvSite) -> Choice | None:
+        usable, refusals = self._takers(site)
+        settled = self._known(site, "in network", usable) if self._trusts_networks else []
+        timed = settled or self._known(site, "alone", usable)
+        if not settled and self.mode in ("measure", "estimate"):
+            for kernel in usable:
+                shortlist = self._shortlist(kernel, site)
+                if not shortlist:
+                    refusals.append(f"{kernel.name}: no configuration fits {site.views.x.layout}")
+                self._try(kernel, shortlist, node, site, timed)
+            if not timed:
+                raise BuildError(f"{node.name}: no kernel serves the layer; {'; '.join(refusals)}")
+        return _best(timed, refusals, settled=bool(settled))
+
+    @property
+    def _trusts_networks(self) -> bool:
+        """Whether finalists of earlier trials are all that a layer needs to be chosen from.
+
+        A dense build's finalists are not those of a build whose sparse kernels won.
+        """
+        return self.mode != "finalists" and not (self.dense and self.mode == "measure")
+
+    def _takers(self, site: ConvSite) -> tuple[list[ConvKernel[Any]], list[str]]:
+        """The kernels that take the layer, and why the others don't."""
+        usable, refusals = [], []
         for kernel in CONV_KERNELS:
             if self.dense and kernel.sparse:
                 continue
             refusal = kernel.refuses(site.workload, self.target)
-            if refusal is not None:
+            if refusal is None:
+                usable.append(kernel)
+            else:
                 refusals.append(f"{kernel.name}: {refusal}")
-                continue
-            shortlist = self._shortlist(kernel, site)
-            if not shortlist:
-                refusals.append(f"{kernel.name}: no configuration fits {site.views.x.layout}")
-            for i, config in enumerate(shortlist):
-                if i >= FIRST_TRIES and self._hopeless(kernel, timed):
-                    break
+        return usable, refusals
+
+    def _known(
+        self, site: ConvSite, measured: Measured, usable: list[ConvKernel[Any]]
+    ) -> list[Candidate]:
+        """What the logs have of a layer in its place, fastest first."""
+        if self.recorded is None:
+            return []
+        return [
+            Candidate(known.kernel.name, known.config, known.record.run_us, recorded=known.record)
+            for known in self.recorded.convs(site, measured)
+            if known.kernel in usable
+        ]
+
+    def _try(
+        self,
+        kernel: ConvKernel[Any],
+        shortlist: list[KernelConfig],
+        node: Conv,
+        site: ConvSite,
+        timed: list[Candidate],
+    ) -> None:
+        """Add the kernel's shortlist to what is timed, or only its first ones if they are slow."""
+        known = {(candidate.kernel, candidate.config) for candidate in timed}
+        for i, config in enumerate(shortlist):
+            if i >= FIRST_TRIES and self._hopeless(kernel, timed):
+                return
+            if (kernel.name, config) not in known:
                 timed.append(self._candidate(kernel, config, node, site))
-        if not timed:
-            raise BuildError(f"{node.name}: no kernel serves the layer; {'; '.join(refusals)}")
-        timed.sort(key=lambda candidate: candidate.run_us)
-        return Choice(timed[0], tuple(timed), tuple(refusals))
 
     @staticmethod
     def _hopeless(kernel: ConvKernel[Any], timed: list[Candidate]) -> bool:
@@ -243,26 +319,23 @@ class Chooser:
             us = kernel.estimate_us(site, config)
             return Candidate(kernel.name, config, us, measured=False)
         workload, views = site.workload, site.views
-        measured = MeasureInput.of_conv(
-            workload, kernel, config, views, self._device, self._versions
-        )
-        known = None if self.log is None else self.log.lookup(measured.key)
-        if known is not None and known.status == "ok":
-            return Candidate(kernel.name, config, known.run_us)
         packed = kernel.pack(site, config, node.weight)
         name = self.parts.convolution(kernel, site, config)
         args: list[Any] = [_ref("x", views.x, workload.batch), *packed, node.bias]
         if views.residual is not None:
             args.append(_ref("residual", views.residual, workload.batch))
         args.append(_ref("y", views.y, workload.batch))
-        record = TuningRecord(measured, self._seconds(name, args))
-        if self.log is not None:
-            self.log.append([record])
-        return Candidate(kernel.name, config, record.run_us)
+        seconds = self._seconds(name, args)
+        if self.recorded is not None:
+            self.recorded.add(self.recorded.what_conv(site, kernel, config), seconds)
+        return Candidate(kernel.name, config, typical_us(seconds))
 
     def _seconds(self, name: str, args: list[Any]) -> tuple[float, ...]:
         assert self.timer is not None
         return self.timer.seconds(self.parts.compiled([name])[name], args)
+
+    def _moves_us(self, layouts: LayoutPlan) -> float:
+        return sum(self._move_us(layouts, c.value, c.place) for c in layouts.copies.values())
 
     def _move_us(self, layouts: LayoutPlan, value: str, to: Place) -> float:
         source = layouts.places[value].view
@@ -276,32 +349,62 @@ class Chooser:
             self._moves[key] = typical_us(self._seconds(name, args))
         return self._moves[key]
 
-    def _linears(self) -> dict[str, Choice]:
+    def _linears(self) -> dict[str, Choice | None]:
         nodes = [node for node in self.graph.nodes if isinstance(node, Linear)]
         return {node.name: self._linear(node) for node in nodes}
 
-    def _linear(self, node: Linear) -> Choice:
-        batch, inputs = self.graph.values[node.inputs[0]].shape
-        shape = linear_shape(node, batch)
-        lanes = self.target.lanes
+    def _linear(self, node: Linear) -> Choice | None:
+        shape = linear_shape(node, self.graph.values[node.inputs[0]].shape[0])
         density = float(np.count_nonzero(node.weight)) / node.weight.size
-        x, y = Ref("x", (batch * inputs,)), Ref("y", (batch * len(node.bias),))
-        timed: list[Candidate] = []
-        refusals = []
-        for kernel in LINEAR_KERNELS:
-            if kernel == "sparse_linear" and (self.dense or density > MAX_SPARSE_DENSITY):
-                refusals.append(f"sparse_linear: density {density:.2f}")
-                continue
-            if self.timer is None:
-                work = density / SPARSE_LINEAR_RATE if kernel == "sparse_linear" else 1.0
-                us = work * node.weight.size / LINEAR_WEIGHTS_PER_US
-                timed.append(Candidate(kernel, None, us, measured=False))
-                continue
-            name = linear_function(self.parts, kernel, shape)
-            args = [x, *linear_params(kernel, node, lanes), y]
-            timed.append(Candidate(kernel, None, typical_us(self._seconds(name, args))))
-        timed.sort(key=lambda candidate: candidate.run_us)
-        return Choice(timed[0], tuple(timed), tuple(refusals))
+        usable, refusals = list(LINEAR_KERNELS), []
+        if self.dense or density > MAX_SPARSE_DENSITY:
+            usable.remove("sparse_linear")
+            refusals.append(f"sparse_linear: density {density:.2f}")
+        settled = (
+            self._known_linear(node, shape, "in network", usable) if self._trusts_networks else []
+        )
+        timed = settled or self._known_linear(node, shape, "alone", usable)
+        if not settled and self.mode != "strict":
+            known = [candidate.kernel for candidate in timed]
+            timed += [
+                self._linear_candidate(kernel, node, shape, density)
+                for kernel in usable
+                if kernel not in known
+            ]
+        return _best(timed, refusals, settled=bool(settled))
+
+    def _known_linear(
+        self, node: Linear, shape: linear.LinearShape, measured: Measured, usable: list[str]
+    ) -> list[Candidate]:
+        if self.recorded is None:
+            return []
+        return [
+            Candidate(record.input.kernel, None, record.run_us, recorded=record)
+            for record in self.recorded.linears(node, shape, measured)
+            if record.input.kernel in usable
+        ]
+
+    def _linear_candidate(
+        self, kernel: str, node: Linear, shape: linear.LinearShape, density: float
+    ) -> Candidate:
+        if self.timer is None:
+            work = density / SPARSE_LINEAR_RATE if kernel == "sparse_linear" else 1.0
+            us = work * node.weight.size / LINEAR_WEIGHTS_PER_US
+            return Candidate(kernel, None, us, measured=False)
+        x = Ref("x", (shape.batch * shape.inputs,))
+        y = Ref("y", (shape.batch * shape.outputs,))
+        name = linear_function(self.parts, kernel, shape)
+        seconds = self._seconds(name, [x, *linear_params(kernel, node, self.target.lanes), y])
+        if self.recorded is not None:
+            self.recorded.add(self.recorded.what_linear(node, shape, kernel), seconds)
+        return Candidate(kernel, None, typical_us(seconds))
+
+
+def _best(timed: list[Candidate], refusals: list[str], *, settled: bool) -> Choice | None:
+    if not timed:
+        return None
+    timed.sort(key=lambda candidate: candidate.run_us)
+    return Choice(timed[0], tuple(timed), tuple(refusals), settled)
 
 
 LINEAR_KERNELS = ("sparse_linear", "dense_linear")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from topiarist.compiler import cli_bundles, cli_models, cli_targets
+from topiarist.compiler import cli_bundles, cli_logs, cli_models, cli_targets, cli_tune
 from topiarist.compiler.cli_output import (
     INTERRUPTED,
     Debug,
@@ -25,8 +25,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_targets.app, name="targets")
+app.add_typer(cli_logs.app, name="log")
 app.command("inspect")(cli_models.inspect)
 app.command("prune")(cli_models.prune)
+app.command("tune")(cli_tune.tune)
 app.command("compile")(cli_models.compile_)
 app.command("verify")(cli_bundles.verify)
 app.command("bench")(cli_bundles.bench)

@@ -1,4 +1,4 @@
-"""`topiarist verify`, `bench` and `run`: what is done with a bundle."""
+"""`topiarist verify`, `bench` and `run`, and `inspect` of a bundle: what is done with one."""
 
 from __future__ import annotations
 
@@ -14,17 +14,82 @@ from topiarist.compiler.cli_output import (
     Json,
     command,
     complain,
+    percent,
+    print_explanations,
     print_json,
     print_table,
     say,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from topiarist.compiler.bench import BenchResult
+    from topiarist.compiler.compiled import LayerChoice
     from topiarist.compiler.session import Session
     from topiarist.compiler.verify import VerifyResult
 
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE.topi", help="The bundle.")]
+
+
+def inspect_bundle(bundle: Path, as_json: bool) -> None:
+    """Show what each layer of a bundle runs, over what it was chosen, and what limits it."""
+    from topiarist.compiler.bundle import read_manifest
+
+    manifest = read_manifest(bundle)
+    total = _total(manifest.layers)
+    if as_json:
+        fields = manifest.to_json()
+        keys = ("target", "threads", "versions", "inputs", "outputs", "layers")
+        print_json({"bundle": str(bundle), **{key: fields[key] for key in keys}, "total": total})
+        return
+    print_table(
+        ["layer", "kernel", "density", "us", "chosen over", "of roofline", "bound by"],
+        [_inspect_row(layer) for layer in manifest.layers],
+    )
+    print_explanations({layer.layer: layer.explanation for layer in manifest.layers})
+    target = manifest.target
+    say(f"compiled for {target.device_model or target.name}, {manifest.threads} thread(s)")
+    if target.peak_gflops is not None and target.bandwidth_gbs is not None:
+        say(
+            f"roofline of one core, measured: {target.peak_gflops:.0f} GFLOP/s, "
+            f"{target.bandwidth_gbs:.1f} GB/s from beyond the second-level cache"
+        )
+    if total["run_us"] is not None:
+        say(
+            f"{len(manifest.layers)} layers take {total['run_us'] / 1e3:.2f} ms, "
+            f"{total['gflops_on_nonzeros']:.0f} GFLOP/s on nonzeros"
+        )
+
+
+def _total(layers: Sequence[LayerChoice]) -> dict[str, Any]:
+    times = [layer.run_us for layer in layers if layer.run_us is not None]
+    run_us = sum(times) if times and len(times) == len(layers) else None
+    flops = sum(layer.flops_nonzero for layer in layers)
+    return {
+        "layers": len(layers),
+        "run_us": run_us,
+        "flops_nonzero": flops,
+        "gflops_on_nonzeros": flops / run_us / 1e3 if run_us else None,
+    }
+
+
+def _inspect_row(layer: LayerChoice) -> list[object]:
+    limits = layer.limits
+    others: dict[str, float] = {}
+    for candidate, us in layer.candidates:
+        kernel = candidate.split()[0]
+        if kernel != layer.kernel:
+            others[kernel] = min(us, others.get(kernel, us))
+    return [
+        layer.layer,
+        layer.kernel,
+        percent(layer.density),
+        None if layer.run_us is None else f"{layer.run_us:.1f}",
+        ", ".join(f"{kernel} {us:.0f} us" for kernel, us in others.items()),
+        "-" if limits is None else percent(limits.share),
+        "" if limits is None else limits.bound,
+    ]
 
 
 @command

@@ -5,43 +5,58 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from uuid import uuid4
 
 import typer
 
+from topiarist.compiler.cli_bundles import inspect_bundle
 from topiarist.compiler.cli_output import (
     Debug,
     Json,
     command,
     complain,
     percent,
+    print_explanations,
     print_json,
     print_table,
     progress_bar,
     say,
+    write_file,
 )
 from topiarist.errors import ModelError, OutputError
 from topiarist.targets import registry
 
 if TYPE_CHECKING:
-    import onnx
-
     from topiarist.compiler.analysis import LayerReport
     from topiarist.compiler.compiled import CompiledModel
     from topiarist.compiler.estimate import LayerEstimate
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The ONNX model.")]
+ModelOrBundle = Annotated[
+    Path, typer.Argument(metavar="MODEL.onnx|BUNDLE.topi", help="The ONNX model, or a bundle.")
+]
 Target = Annotated[str, typer.Option("--target", "-t", help="A target's name; host: this machine.")]
 
 
 @command
 def inspect(
-    model: Model,
-    target: Target = registry.HOST,
+    model: ModelOrBundle,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", "-t", help="For a model: a target's name; default: this machine."),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show each layer's density, and what pruning gains it: a bound, and by estimate."""
+    """Explain each layer: of a model what pruning gains it, of a bundle what it runs and why."""
+    if not model.is_dir():
+        _inspect_model(model, target or registry.HOST, as_json)
+    elif target is None:
+        inspect_bundle(model, as_json)
+    else:
+        raise ValueError(f"{model} is a bundle, compiled for its target: leave --target out")
+
+
+def _inspect_model(model: Path, target: str, as_json: bool) -> None:
     from topiarist.compiler.analysis import analyse
     from topiarist.compiler.estimate import estimate_layers
     from topiarist.compiler.frontend import load_onnx
@@ -75,6 +90,7 @@ def inspect(
             f"* an estimate for {spec.name}, one core, nothing was timed: "
             f"{dense / 1e3:.2f} ms dense, {best / 1e3:.2f} ms at best"
         )
+        print_explanations({name: e.explanation for name, e in estimates.items()})
     if problem is not None:
         complain(f"this model can't be compiled: {problem}")
 
@@ -160,7 +176,7 @@ def prune(
     pruned, layers = prune_model(
         load_onnx(model), density=density, pattern=pattern, layer_density=overrides
     )
-    _save(pruned, output)
+    write_file(output, pruned.SerializeToString())
     if as_json:
         print_json({"output": str(output), "layers": [vars(layer) for layer in layers]})
         return
@@ -186,18 +202,6 @@ def parse_layer_density(text: str) -> tuple[str, float]:
     raise ValueError(f"--layer-density takes NAME=DENSITY such as conv1=0.5, got {text!r}")
 
 
-def _save(model: onnx.ModelProto, output: Path) -> None:
-    """Write the model aside and rename it: never half a model under its name."""
-    aside = output.with_name(f".{output.name}.{uuid4().hex[:8]}")
-    try:
-        aside.write_bytes(model.SerializeToString())
-        aside.replace(output)
-    except OSError as error:
-        raise OutputError(f"can't write {output}: {error.strerror}") from error
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def _check_folder(output: Path) -> None:
     if output.is_dir():
         raise OutputError(f"{output} is a folder; name a file to write")
@@ -220,8 +224,15 @@ def compile_(
     measure: Annotated[
         bool, typer.Option(help="Time kernels here, or choose by estimate: fast, less good.")
     ] = True,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Time nothing: take all from tuning logs, or fail.")
+    ] = False,
     log: Annotated[
-        Path | None, typer.Option(help="Tuning log: reuse its timings, and add the new ones.")
+        Path | None,
+        typer.Option(
+            help="Tuning log, or a folder of logs: reuse its timings, and add the new ones. "
+            "Default: the user's, without adding."
+        ),
     ] = None,
     dump_dir: Annotated[
         Path | None, typer.Option(help="Write the state after each stage to this folder.")
@@ -229,12 +240,16 @@ def compile_(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compile a model into a bundle, choosing each layer's kernel by measuring."""
+    """Compile a model into a bundle, choosing each layer's kernel by measuring.
+
+    With --strict, exit code 3 if the logs lack records, and 4 if they are broken.
+    """
     from topiarist.compiler.bundle import check_writable
 
     spec = registry.get(target)
     check_writable(output)
     from topiarist.compiler.pipeline import compile_model
+    from topiarist.tuning_logs.sources import user_folder
 
     start = time.perf_counter()
     with progress_bar(shown=not as_json) as progress:
@@ -246,7 +261,9 @@ def compile_(
             batch=batch,
             dense=dense,
             measure=measure,
-            log=log,
+            strict=strict,
+            log=user_folder() if log is None and user_folder().exists() else log,
+            add_to_log=log is not None,
             dump_dir=dump_dir,
             progress=progress,
         )

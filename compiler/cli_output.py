@@ -6,9 +6,11 @@ import functools
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Literal, ParamSpec
+from uuid import uuid4
 
 import typer
 from rich import box
@@ -17,9 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from topiarist.errors import TopiaristError
+from topiarist.errors import MissingRecordsError, OutputError, TopiaristError, TuningLogError
 
-FAILED, ERROR, INTERRUPTED = 1, 2, 130  # exit codes
+FAILED, ERROR, MISSING, BROKEN_LOG, INTERRUPTED = 1, 2, 3, 4, 130  # exit codes
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -65,9 +67,15 @@ def command(function: Callable[_Args, None]) -> Callable[_Args, None]:
             if Settings.debug or kwargs.get("debug"):
                 raise
             complain(f"error: {_message(error)}")
-            raise typer.Exit(ERROR) from None
+            raise typer.Exit(_exit_code(error)) from None
 
     return run
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, MissingRecordsError):
+        return MISSING
+    return BROKEN_LOG if isinstance(error, TuningLogError) else ERROR
 
 
 def complain(text: str) -> None:
@@ -78,6 +86,18 @@ def complain(text: str) -> None:
 def say(text: str) -> None:
     """One line on stdout."""
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def write_file(output: Path, data: bytes) -> None:
+    """Write aside and rename: never half a file under its name."""
+    aside = output.with_name(f".{output.name}.{uuid4().hex[:8]}")
+    try:
+        aside.write_bytes(data)
+        aside.replace(output)
+    except OSError as error:
+        raise OutputError(f"can't write {output}: {error.strerror}") from error
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def print_json(document: object) -> None:
@@ -100,6 +120,16 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
     console.print(table)
+
+
+def print_explanations(layers: Mapping[str, Sequence[str]]) -> None:
+    """The sentences about each layer; layers of the same sentences share a line."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name, sentences in layers.items():
+        if sentences:
+            names.setdefault(tuple(sentences), []).append(name)
+    for sentences, alike in names.items():
+        say(f"{', '.join(alike)}: {' '.join(sentences)}")
 
 
 @contextmanager

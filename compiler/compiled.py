@@ -21,11 +21,28 @@ class TensorSignature:
 
 
 @dataclass(frozen=True)
+class LayerLimits:
+    """The least that a layer can take on its machine, by the machine's measured limits.
+
+    `compute_us`: its multiply-adds on nonzeros at FMA peak. `memory_us`: `far_bytes`, which the
+    second-level cache can't hold, at the bandwidth from beyond it. `bound` is the larger of both,
+    "compute" or "memory", and `share` what it is of the time that the layer takes.
+    """
+
+    far_bytes: int
+    compute_us: float
+    memory_us: float
+    bound: str
+    share: float
+
+
+@dataclass(frozen=True)
 class LayerChoice:
     """What one layer runs and why; goes into the manifest and the report.
 
     `run_us` is the time measured during the choice, None where nothing was measured.
-    `candidates` holds (kernel and config, microseconds) of everything that was timed.
+    `candidates` holds (kernel and config, microseconds) of everything that was timed. `limits` is
+    None where nothing was measured; `explanation` tells all of it in sentences.
     """
 
     layer: str
@@ -40,6 +57,8 @@ class LayerChoice:
     run_us: float | None
     reason: str
     candidates: tuple[tuple[str, float], ...] = ()
+    limits: LayerLimits | None = None
+    explanation: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,3 +77,4 @@ class CompiledModel:
     target: TargetSpec
     threads: int
     layers: tuple[LayerChoice, ...] = field(default=())
+    created: str = ""  # UTC, ISO 8601

@@ -7,9 +7,12 @@ from typing import Any
 
 import onnx
 
-from topiarist.compiler.choose import Choice, Chooser
+from topiarist.compiler.choose import Chooser
+from topiarist.compiler.explain import LayerFacts, explain
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
+from topiarist.compiler.graph import Conv, Linear
+from topiarist.compiler.layer_choices import layer_facts
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.simplify import simplify
 from topiarist.targets.spec import TargetSpec
@@ -19,7 +22,8 @@ from topiarist.targets.spec import TargetSpec
 class LayerEstimate:
     """Estimated microseconds of the best dense kernel and of the best of all, on one core.
 
-    `eligible`: some kernel that skips zeros takes the layer; `refusals` says why others don't.
+    `eligible`: some kernel that skips zeros takes the layer; `refusals` says why others don't;
+    `explanation` tells it in sentences.
     """
 
     eligible: bool
@@ -27,10 +31,12 @@ class LayerEstimate:
     kernel: str
     dense_us: float
     best_us: float
+    explanation: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """The estimate as plain JSON values."""
-        return {**asdict(self), "refusals": list(self.refusals)}
+        lists = {"refusals": list(self.refusals), "explanation": list(self.explanation)}
+        return {**asdict(self), **lists}
 
 
 def estimate_layers(model: onnx.ModelProto, target: TargetSpec) -> dict[str, LayerEstimate]:
@@ -40,19 +46,24 @@ def estimate_layers(model: onnx.ModelProto, target: TargetSpec) -> dict[str, Lay
         graph,
         Parts(target, 1),
         dense=False,
-        measure=False,
+        mode="estimate",
         progress=lambda stage, done, total: None,
     )
-    choices = chooser.plans()[0].choices
-    return {name: _estimate(choice) for name, choice in choices.items()}
+    plan = chooser.plans()[0]
+    layers = [node for node in graph.nodes if isinstance(node, Conv | Linear)]
+    return {
+        node.name: _estimate(layer_facts(node, plan.choices[node.name], plan)) for node in layers
+    }
 
 
-def _estimate(choice: Choice) -> LayerEstimate:
-    dense = [c.run_us for c in choice.timed if "sparse" not in c.kernel]
+def _estimate(facts: LayerFacts) -> LayerEstimate:
+    sparse, dense = facts.best(sparse=True), facts.best(sparse=False)
+    assert dense is not None  # a dense kernel serves every layer
     return LayerEstimate(
-        eligible=any("sparse" in c.kernel for c in choice.timed),
-        refusals=choice.refusals,
-        kernel=choice.chosen.kernel,
-        dense_us=round(min(dense), 2),
-        best_us=round(choice.chosen.run_us, 2),
+        eligible=sparse is not None,
+        refusals=facts.refusals,
+        kernel=facts.kernel,
+        dense_us=round(dense.us, 2),
+        best_us=round(facts.run_us, 2),
+        explanation=explain(facts, None),
     )

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from topiarist.compiler.compiled import LayerChoice, TensorSignature
+from topiarist.compiler.compiled import LayerChoice, LayerLimits, TensorSignature
 from topiarist.targets.spec import TargetSpec
 
 FORMAT = "topiarist-bundle"
-SCHEMA = 1
+SCHEMA = 2  # 2: layers have `limits` and `explanation`
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,13 @@ def _signatures(entries: list[dict[str, Any]]) -> tuple[TensorSignature, ...]:
 
 
 def _layer(entry: dict[str, Any]) -> LayerChoice:
-    candidates = tuple((name, us) for name, us in entry["candidates"])
-    return LayerChoice(**{**entry, "candidates": candidates})
+    limits = entry["limits"]
+    typed = {
+        "candidates": tuple((name, us) for name, us in entry["candidates"]),
+        "limits": None if limits is None else LayerLimits(**limits),
+        "explanation": tuple(entry["explanation"]),
+    }
+    return LayerChoice(**{**entry, **typed})
 
 
 def _plain(value: object) -> object:

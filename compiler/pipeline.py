@@ -8,27 +8,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from topiarist.compiler.build import build, to_relax
 from topiarist.compiler.bundle import check_writable, write_bundle
-from topiarist.compiler.choose import Chooser, Plan
-from topiarist.compiler.compiled import CompiledModel, LayerChoice, TensorSignature
+from topiarist.compiler.choose import Chooser, Mode, Plan
+from topiarist.compiler.compiled import CompiledModel, TensorSignature
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
-from topiarist.compiler.graph import Conv, Graph, Linear
+from topiarist.compiler.graph import Graph
+from topiarist.compiler.layer_choices import layer_choices
 from topiarist.compiler.lower import lower
 from topiarist.compiler.memory import MemoryPlan, plan_memory
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Program
+from topiarist.compiler.recorded import Device, Recorded
+from topiarist.compiler.roofline import with_roofline
 from topiarist.compiler.simplify import simplify
 from topiarist.compiler.trial import settle
-from topiarist.errors import TargetError
+from topiarist.errors import MissingRecordsError, TargetError
 from topiarist.targets import registry
 from topiarist.targets.detect import runs_here
 from topiarist.targets.spec import TargetSpec
+from topiarist.tuning_logs.record import now
+from topiarist.tuning_logs.sources import TuningLogs, open_logs, shipped_logs
 from topiarist.tuning_logs.store import TuningLog
 
+EPOCH = "1970-01-01T00:00:00Z"
 Progress = Callable[[str, int, int], None]
 
 
@@ -41,19 +45,26 @@ def compile_model(
     batch: int | None = None,
     dense: bool = False,
     measure: bool = True,
+    strict: bool = False,
     log: Path | None = None,
+    add_to_log: bool = True,
     dump_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> CompiledModel:
     """Compile an ONNX file for a target, and write the bundle where `output` says.
 
     `batch` overrides the model's batch size; `dense` leaves the sparse kernels out, which is what
-    a sparse build is compared with. `progress(stage, done, total)` is called along the way.
-    Raises ModelError, TargetError, OutputError or BuildError, each saying what to do.
+    a sparse build is compared with. `log` is a tuning log or a folder of them, asked before the
+    logs that come with the package; what is timed is added to it, unless `add_to_log` is False.
+    `strict` takes every time from the logs: nothing is measured, and the same model and logs give
+    the same bundle. `progress(stage, done, total)` is called along the way.
+    Raises ModelError, TargetError, OutputError, BuildError, TuningLogError or, if `strict`,
+    MissingRecordsError, each saying what to do.
     """
     spec = registry.get(target) if isinstance(target, str) else target
-    if measure:
-        _require_measurable(spec)
+    mode: Mode = "strict" if strict else "measure" if measure else "estimate"
+    if mode == "measure":
+        require_measurable(spec)
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     if output is not None:
@@ -65,11 +76,11 @@ def compile_model(
     graph = simplify(extract_layers(module))
     report("import", 1, 1)
     parts = Parts(spec, threads)
-    records = None if log is None else TuningLog(log)
-    chooser = Chooser(graph, parts, dense=dense, measure=measure, log=records, progress=report)
+    recorded = _recorded(spec, threads, mode, log, adds=add_to_log)
+    chooser = Chooser(graph, parts, dense=dense, mode=mode, recorded=recorded, progress=report)
     plans = chooser.plans()
-    if measure:
-        plan, program = settle(graph, plans, parts, report)
+    if mode == "measure" and not all(plan.settled for plan in plans):
+        plan, program = settle(graph, plans, parts, report, recorded)
     else:
         plan, program = plans[0], lower(graph, plans[0], parts)
     memory = plan_memory(program)
@@ -78,6 +89,8 @@ def compile_model(
     executable = build(lowered, spec)
     report("generate code", 1, 1)
 
+    if mode == "measure":
+        spec = with_roofline(spec)
     compiled = CompiledModel(
         executable=executable,
         params=tuple(program.params),
@@ -85,16 +98,17 @@ def compile_model(
         outputs=_signatures(graph, graph.outputs),
         target=spec,
         threads=threads,
-        layers=tuple(_layer_choices(graph, plan)),
+        layers=tuple(layer_choices(graph, plan, program, spec, threads)),
+        created=_last_recorded(plan) if strict else now(),
     )
     if dump_dir is not None:
         dump(dump_dir, module, graph, plan, program, memory, lowered)
     if output is not None:
-        write_bundle(compiled, output, source=model)
+        write_bundle(compiled, output, source=model, reproducible=strict)
     return compiled
 
 
-def _require_measurable(spec: TargetSpec) -> None:
+def require_measurable(spec: TargetSpec) -> None:
     """Kernels are timed here, so this machine has to be able to run them."""
     reason = runs_here(spec)
     if reason is not None:
@@ -105,41 +119,28 @@ def _require_measurable(spec: TargetSpec) -> None:
         )
 
 
+def _recorded(
+    spec: TargetSpec, threads: int, mode: Mode, log: Path | None, *, adds: bool
+) -> Recorded | None:
+    """What the logs have to say, None where there are no logs."""
+    device = (Device.here if mode == "measure" else Device.named)(spec, threads)
+    if log is not None:
+        if mode == "strict" and not log.exists():
+            raise MissingRecordsError(f"there is no tuning log {log}")
+        return Recorded(open_logs(log, spec), device, adds=adds and mode == "measure")
+    shipped = [TuningLog(path) for path in shipped_logs(spec)]
+    return Recorded(TuningLogs(shipped[0], shipped[1:]), device) if shipped else None
+
+
+def _last_recorded(plan: Plan) -> str:
+    """When the last time that the plan rests on was measured: the date of a strict build."""
+    records = [choice.chosen.recorded for choice in plan.choices.values()]
+    return max((record.timestamp for record in records if record is not None), default=EPOCH)
+
+
 def _signatures(graph: Graph, names: tuple[str, ...]) -> tuple[TensorSignature, ...]:
     values = [graph.values[name] for name in names]
     return tuple(TensorSignature(v.name, v.shape, v.dtype) for v in values)
-
-
-def _layer_choices(graph: Graph, plan: Plan) -> list[LayerChoice]:
-    choices = []
-    for node in graph.nodes:
-        if not isinstance(node, Conv | Linear):
-            continue
-        choice = plan.choices[node.name]
-        shape = graph.values[node.output].shape
-        pixels = shape[0] * int(np.prod(shape[2:]))
-        nonzero = int(np.count_nonzero(node.weight))
-        choices.append(
-            LayerChoice(
-                layer=node.name,
-                kind="conv" if isinstance(node, Conv) else "linear",
-                kernel=choice.chosen.kernel,
-                config={} if choice.chosen.config is None else asdict(choice.chosen.config),
-                input_layout=str(_layout(plan.layouts.reads[node.name][0].view)),
-                output_layout=str(_layout(plan.layouts.places[node.output].view)),
-                density=nonzero / node.weight.size,
-                flops_dense=2 * node.weight.size * pixels,
-                flops_nonzero=2 * nonzero * pixels,
-                run_us=choice.chosen.run_us if choice.chosen.measured else None,
-                reason=choice.reason,
-                candidates=tuple((str(c), round(c.run_us, 2)) for c in choice.timed),
-            )
-        )
-    return choices
-
-
-def _layout(view: Any) -> Any:
-    return getattr(view, "layout", view)
 
 
 def dump(

@@ -12,17 +12,20 @@ import importlib.metadata
 import importlib.util
 import math
 import os
+import sys
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from topiarist.errors import TopiaristError
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 ALIGNMENT = 64  # bytes; generated code uses aligned vector moves and crashes on less
 
@@ -48,7 +51,8 @@ def _version(package: str) -> str:
 @cache
 def load() -> Any:
     """Load the runtime library once and return the module `tvm_ffi`."""
-    import tvm_ffi
+    with _without_torch():
+        import tvm_ffi
 
     spec = importlib.util.find_spec("tvm")  # finds the package without importing it
     if spec is None or spec.origin is None:
@@ -63,6 +67,19 @@ def load() -> Any:
     # TVM pins the calling thread to the first core, and even out of a taskset: never here.
     os.environ.setdefault("TVM_BIND_THREADS", "0")
     return tvm_ffi
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Where torch is installed, tvm_ffi imports it, in seconds, for a problem on Windows only."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 def load_main(library: Path) -> Callable[..., Any]:
@@ -104,8 +121,27 @@ class ThreadPool:
         if _set_threads(self.threads):
             return function()
         if self._own is None:
+            from concurrent.futures import ThreadPoolExecutor  # rarely needed
+
             self._own = ThreadPoolExecutor(1, "topiarist", _set_threads, (self.threads,))
         return self._own.submit(function).result()
+
+
+@contextlib.contextmanager
+def pinned(threads: int) -> Iterator[None]:
+    """Keep this thread on as many cores as there are threads: the last, the first has interrupts.
+
+    Threads that are started meanwhile stay there.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[-threads:])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _set_threads(threads: int) -> bool:

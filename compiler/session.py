@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from topiarist.compiler import runtime
-from topiarist.compiler.bundle import LIBRARY, WEIGHTS, open_manifest
+from topiarist.compiler.bundle import LIBRARY, OpenBundle
 from topiarist.compiler.compiled import TensorSignature
 from topiarist.compiler.manifest import Manifest
 from topiarist.errors import BundleError
@@ -46,15 +46,17 @@ class Session:
 
     def __init__(self, path: Path | str, *, threads: int | None = None) -> None:
         folder = Path(path).resolve()
-        self.manifest: Manifest = open_manifest(folder)
+        bundle = OpenBundle(folder)
+        self.manifest: Manifest = bundle.manifest
         self._pool = runtime.ThreadPool(self.manifest.threads if threads is None else threads)
         self._lock = threading.Lock()
         ffi = runtime.load()
         try:
             self._main = runtime.load_main(folder / LIBRARY)
-            self._params = ffi.convert(_map_params(folder / WEIGHTS, self.manifest, ffi))
+            self._params = ffi.convert(_tensors(bundle.weights, self.manifest, ffi))
         except (RuntimeError, OSError, AttributeError) as error:
             raise BundleError(f"{folder} can't be loaded: {error}") from error
+        bundle.checked()
         self._buffers = [runtime.aligned_empty(s.shape, np.dtype(s.dtype)) for s in self.inputs]
         self._arguments = [ffi.from_dlpack(b) for b in self._buffers]
 
@@ -165,13 +167,10 @@ def _checked_array(signature: TensorSignature, array: Array) -> Array:
     return array
 
 
-def _map_params(weights: Path, manifest: Manifest, ffi: Any) -> list[Any]:
-    """The parameters as tensors on the mapped file: nothing is read before it is used."""
-    with weights.open("rb") as file:
-        # A private mapping: DLPack refuses read-only arrays, and nobody writes.
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+def _tensors(weights: mmap, manifest: Manifest, ffi: Any) -> list[Any]:
+    """The parameters as tensors on the mapped file, which is never copied."""
     return [
-        ffi.from_dlpack(np.ndarray(p.shape, np.dtype(p.dtype), buffer=mapped, offset=p.offset))
+        ffi.from_dlpack(np.ndarray(p.shape, np.dtype(p.dtype), buffer=weights, offset=p.offset))
         for p in manifest.params
     ]
 

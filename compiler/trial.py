@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,13 +17,23 @@ import numpy as np
 import tvm
 from numpy.typing import NDArray
 
-from topiarist.compiler.choose import Candidate, Choice, Plan, Progress
-from topiarist.compiler.graph import Graph
+from topiarist.compiler.choose import (
+    Candidate,
+    Choice,
+    Plan,
+    Progress,
+    conv_views,
+    linear_shape,
+)
+from topiarist.compiler.graph import Conv, Graph, Linear
 from topiarist.compiler.lower import lower
 from topiarist.compiler.memory import plan_memory
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Program
+from topiarist.compiler.recorded import Recorded
 from topiarist.compiler.runtime import ThreadPool
+from topiarist.schedules.kernels import conv_kernel
+from topiarist.tuning_logs.record import MeasureInput, typical_us
 
 FINALISTS = 4
 WITHIN = 1.4  # slower ones alone are not tried in the network
@@ -39,8 +49,12 @@ def settle(
     plans: list[Plan],
     parts: Parts,
     progress: Progress,
+    recorded: Recorded | None = None,
 ) -> tuple[Plan, Program]:
-    """The fastest plan with the fastest finalist of every layer, and its program."""
+    """The fastest plan with the fastest finalist of every layer, and its program.
+
+    All times go into the logs: what is compiled from them chooses the same.
+    """
     trial = Trial(parts)
     tuned = []
     for i, plan in enumerate(plans):
@@ -48,12 +62,20 @@ def settle(
         variants = [_variant(plan, j) for j in range(_variants(plan))]
         programs = [lower(graph, variant, parts) for variant in variants]
         times = trial.compare(programs)
-        best = _pick(plan, programs, times)
+        contests = _contests(plan, programs, times)
+        if recorded is not None:
+            recorded.add_networks(_records(graph, plan, contests, parts, recorded))
+        best = _with_winners(plan, contests)
         tuned.append((best, lower(graph, best, parts)))
     progress("try in the network", len(plans), len(plans) + 1)
     totals = [calls.sum() for calls in trial.compare([program for _, program in tuned])]
     winner = int(np.argmin(totals))
     progress("try in the network", len(plans) + 1, len(plans) + 1)
+    if recorded is not None:
+        recorded.add_networks(
+            (recorded.what_network(graph, plan.layouts), (float(total),))
+            for (plan, _), total in zip(tuned, totals, strict=True)
+        )
     plan, program = tuned[winner]
     return replace(plan, total_us=float(totals[winner]) * 1e6), program
 
@@ -76,28 +98,65 @@ def _variant(plan: Plan, j: int) -> Plan:
     return replace(plan, choices=choices)
 
 
-def _pick(plan: Plan, programs: list[Program], times: list[Seconds]) -> Plan:
-    """For all layers that share a choice, the finalist with the smallest sum."""
+@dataclass(frozen=True)
+class _Contest:
+    """Layers that share a choice, and every finalist with its seconds in each network it ran in."""
+
+    layers: list[str]
+    finalists: list[tuple[Candidate, tuple[float, ...]]]
+
+    @property
+    def winner(self) -> Candidate:
+        """The fastest finalist, with its time."""
+        timed = [replace(c, run_us=typical_us(seconds)) for c, seconds in self.finalists]
+        return min(timed, key=lambda candidate: candidate.run_us)
+
+
+def _contests(plan: Plan, programs: list[Program], times: list[Seconds]) -> list[_Contest]:
+    """What all finalists took; of layers that share a choice, their mean."""
     layers = defaultdict(list)
     for name, choice in plan.choices.items():
         layers[id(choice)].append(name)
     calls_of = defaultdict(list)
     for i, call in enumerate(programs[0].calls):
         calls_of[call.layer].append(i)
-    picked: dict[str, Choice] = {}
+    contests = []
     for names in layers.values():
-        choice = plan.choices[names[0]]
-        finalists = _finalists(choice)
+        finalists = _finalists(plan.choices[names[0]])
         at = [i for name in names for i in calls_of[name]]
-        sums = [
-            float(np.median([times[v][at].sum() for v in range(j, len(times), len(finalists))]))
-            for j in range(len(finalists))
+        means = [float(calls[at].sum()) / len(names) for calls in times]
+        found = [
+            (finalist, tuple(means[j :: len(finalists)])) for j, finalist in enumerate(finalists)
         ]
-        best = int(np.argmin(sums))
-        run_us = sums[best] * 1e6 / len(names)
-        chosen = replace(finalists[best], run_us=run_us)
-        picked.update({name: replace(choice, chosen=chosen) for name in names})
-    return replace(plan, choices=picked)
+        contests.append(_Contest(names, found))
+    return contests
+
+
+def _with_winners(plan: Plan, contests: list[_Contest]) -> Plan:
+    choices = {
+        name: replace(plan.choices[name], chosen=contest.winner)
+        for contest in contests
+        for name in contest.layers
+    }
+    return replace(plan, choices=choices)
+
+
+def _records(
+    graph: Graph, plan: Plan, contests: list[_Contest], parts: Parts, recorded: Recorded
+) -> Iterator[tuple[MeasureInput, tuple[float, ...]]]:
+    """What was measured in the network, as records name it."""
+    nodes = {node.name: node for node in graph.nodes}
+    for contest in contests:
+        name = contest.layers[0]
+        node = nodes[name]
+        for candidate, seconds in contest.finalists:
+            if isinstance(node, Linear):
+                shape = linear_shape(node, graph.values[node.inputs[0]].shape[0])
+                yield recorded.what_linear(node, shape, candidate.kernel), seconds
+            elif isinstance(node, Conv) and candidate.config is not None:
+                site = parts.site(plan.workloads[name], conv_views(node, plan.layouts))
+                kernel = conv_kernel(candidate.kernel)
+                yield recorded.what_conv(site, kernel, candidate.config), seconds
 
 
 @dataclass(frozen=True)

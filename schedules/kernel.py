@@ -72,6 +72,10 @@ class ConvKernel(ABC, Generic[C]):
     def estimate_us(self, site: ConvSite, config: C) -> float:
         """Microseconds on one core by counting instructions and footprints; only ranks."""
 
+    def added_error(self, config: C) -> float:
+        """Error beyond that of summing the products in fp32, relative to the largest output."""
+        return 0.0
+
     @abstractmethod
     def pack(self, site: ConvSite, config: C, weight: NDArray[np.float32]) -> Packed:
         """The constants of a weight [O, C / groups, kh, kw]. Raises ValueError without a fit."""

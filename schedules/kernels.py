@@ -9,6 +9,7 @@ from typing import Any
 
 from topiarist.schedules.cpu.depthwise import Depthwise
 from topiarist.schedules.cpu.kernels import Block8Sparse, BlockSparse, DirectDense, DirectSparse
+from topiarist.schedules.cpu.winograd import WinogradDense
 from topiarist.schedules.kernel import ConvKernel
 
 CONV_KERNELS: tuple[ConvKernel[Any], ...] = (
@@ -17,6 +18,7 @@ CONV_KERNELS: tuple[ConvKernel[Any], ...] = (
     Block8Sparse(),
     DirectDense(),
     Depthwise(),
+    WinogradDense(),
 )
 
 

@@ -18,6 +18,9 @@ LAYERS = ("targets", "schedules", "tuning_logs", "pruning", "compiler")  # impor
 FOLDERS = {"topiarist": "topiarist", **{name: f"topiarist.{name}" for name in LAYERS}}
 
 
+MEASURED = "x86-sse4/packaged.jsonl"  # a tuning log put into the copy that a wheel is built from
+
+
 def _modules():
     """Every Python file of the distribution with its dotted name."""
     for folder, package in FOLDERS.items():
@@ -85,6 +88,8 @@ def wheel(tmp_path_factory):
         shutil.copytree(
             ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__")
         )
+    (source / "tuning_logs" / MEASURED).parent.mkdir(exist_ok=True)
+    (source / "tuning_logs" / MEASURED).touch()
     out = tmp_path_factory.mktemp("wheel")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
     _run(*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, source, cwd=out)
@@ -101,7 +106,8 @@ def test_wheel_has_all_modules_and_nothing_bare(wheel):
         for folder, package in zip(FOLDERS, folders, strict=True)
         for path in (ROOT / folder).rglob("*.py")
     }
-    assert expected | {"topiarist/py.typed"} <= set(names)
+    data = {"topiarist/py.typed", f"topiarist/tuning_logs/{MEASURED}"}
+    assert expected | data <= set(names)
 
 
 def test_wheel_installs_and_every_module_imports(wheel, tmp_path):

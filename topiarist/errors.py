@@ -26,4 +26,12 @@ class BuildError(TopiaristError):
 
 
 class TuningLogError(TopiaristError):
-    """A tuning log is missing or altered, or was written by a newer version."""
+    """A tuning log is altered or unreadable, or was written by a newer version."""
+
+
+class NewerLogError(TuningLogError):
+    """A tuning record is of a schema that this version does not know; an upgrade reads it."""
+
+
+class MissingRecordsError(TopiaristError):
+    """A tuning log that was named is not there, or lacks records that were needed."""

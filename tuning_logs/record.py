@@ -12,11 +12,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from topiarist.errors import TuningLogError
+from topiarist.errors import NewerLogError, TuningLogError
 
 if TYPE_CHECKING:  # importing the kernels would import TVM, which reading a log doesn't need
     from topiarist.schedules.kernel import ConvKernel, ConvViews, KernelConfig
@@ -24,11 +24,11 @@ if TYPE_CHECKING:  # importing the kernels would import TVM, which reading a log
     from topiarist.schedules.workload import ConvWorkload
     from topiarist.targets.spec import TargetSpec
 
-Status = Literal["ok", "build_error", "timeout", "wrong_result"]
+Status = Literal["ok", "build_error", "timeout", "crash", "wrong_result"]
 Measured = Literal["alone", "in network"]
 
-SCHEMA = 1
-STATUSES: tuple[Status, ...] = ("ok", "build_error", "timeout", "wrong_result")
+SCHEMA = 2  # 1 lacks `drift` and the status `crash`
+STATUSES: tuple[Status, ...] = ("ok", "build_error", "timeout", "crash", "wrong_result")
 MEASURED: tuple[Measured, ...] = ("alone", "in network")
 PACKAGES = ("topiarist", "apache-tvm", "apache-tvm-ffi")  # whose versions a record names
 MESSAGE_LIMIT = 1000  # characters; of a longer message the end is kept, where compilers say why
@@ -36,7 +36,9 @@ TEXT_LIMIT = 500
 DEPTH_LIMIT = 6  # of lists and objects inside `workload` and `config`
 MAX_SECONDS = 1e6
 FIRST_QUARTILE = 0.25  # steadier than the minimum, and less disturbed than the median
+DRIFT_LIMIT = 1.1  # of a reference kernel's slowest to its fastest time around a steady measurement
 
+_TIME = "%Y-%m-%dT%H:%M:%SZ"
 _TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
 
 
@@ -118,15 +120,15 @@ class MeasureInput:
         versions: Mapping[str, str],
     ) -> MeasureInput:
         """A convolution's candidate."""
-        residual = "in place" if views.in_place else "none"
+        x, y, residual = layout_texts(views)
         return MeasureInput(
             workload=workload.to_json(),
             kernel=kernel.name,
             kernel_version=kernel.version,
             config=asdict(config),
-            input_layout=view_text(views.x),
-            output_layout=view_text(views.y),
-            residual_layout=residual if views.residual is None else view_text(views.residual),
+            input_layout=x,
+            output_layout=y,
+            residual_layout=residual,
             target=target,
             versions=versions,
         )
@@ -134,12 +136,18 @@ class MeasureInput:
     @cached_property
     def workload_key(self) -> str:
         """A short hash of the workload's fields; `ConvWorkload.key` for a convolution."""
-        return _short_hash(json.dumps(self.workload, sort_keys=True))
+        return workload_key(self.workload)
 
     @cached_property
     def target_key(self) -> str:
         """The target as one line of text."""
         return str(self.target)
+
+    @property
+    def sparsity(self) -> Mapping[str, Any]:
+        """The workload's sparsity signature, empty without one."""
+        found = self.workload.get("sparsity")
+        return found if isinstance(found, dict) else {}
 
     @property
     def layouts(self) -> tuple[str, str, str]:
@@ -153,12 +161,22 @@ class MeasureInput:
             *(self.workload_key, self.kernel, self.kernel_version, self.config, self.layouts),
             *(self.target_key, self.versions["apache-tvm"]),
         )
-        return _short_hash(_encode(parts))
+        return _short_hash(encode(parts))
+
+
+def workload_key(workload: Mapping[str, Any]) -> str:
+    """A short hash of a workload's fields."""
+    return _short_hash(json.dumps(workload, sort_keys=True))
 
 
 def now() -> str:
     """The time as records give it: UTC, ISO 8601, whole seconds."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.now(UTC).strftime(_TIME)
+
+
+def horizon() -> str:
+    """A time that no record can have: a day from now. Then a clock was ahead."""
+    return (datetime.now(UTC) + timedelta(days=1)).strftime(_TIME)
 
 
 @dataclass(frozen=True)
@@ -166,7 +184,9 @@ class TuningRecord:
     """A measurement and its outcome: all repeats in seconds, or why there is no valid time.
 
     `measured` tells a kernel timed alone from one inside a whole network. `message` is empty for
-    status ok and required otherwise. Raises ValueError naming a field that does not fit.
+    status ok and required otherwise. `drift` is how steady the machine was: the slowest over the
+    fastest time of a reference kernel around the measurement, None if nobody looked. Raises
+    ValueError naming a field that does not fit.
     """
 
     input: MeasureInput
@@ -174,6 +194,7 @@ class TuningRecord:
     measured: Measured = "alone"
     status: Status = "ok"
     message: str = ""
+    drift: float | None = None
     timestamp: str = field(default_factory=now)
 
     def __post_init__(self) -> None:
@@ -188,7 +209,20 @@ class TuningRecord:
             raise ValueError(f"message {self.message!r:.80} does not go with status {self.status}")
         text = self.message.encode("utf-8", "replace").decode()
         object.__setattr__(self, "message", text[-MESSAGE_LIMIT:])
+        object.__setattr__(self, "drift", _drift(self.drift))
         _check_timestamp(self.timestamp)
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether the machine is known to have drifted meanwhile."""
+        return self.drift is not None and self.drift > DRIFT_LIMIT
+
+    def credit(self, horizon: str) -> tuple[bool, str]:
+        """What to believe of repeated measurements: the largest, and of those the last given.
+
+        The machine was steady and the time is possible; then, the newest.
+        """
+        return not self.disturbed and self.timestamp <= horizon, self.timestamp
 
     @property
     def measurement_key(self) -> str:
@@ -210,14 +244,15 @@ class TuningRecord:
         values: dict[str, Any] = {name: getattr(self, name) for name in _RESULT_FIELDS}
         values |= {name: getattr(self.input, name) for name in _INPUT_FIELDS}
         values["target"] = asdict(self.input.target)
-        return _encode(values | {"schema": SCHEMA, "workload_key": self.input.workload_key})
+        return encode(values | {"schema": SCHEMA, "workload_key": self.input.workload_key})
 
     @staticmethod
     def from_line(line: str | bytes) -> TuningRecord:
         """The record of a line. Raises TuningLogError saying what is wrong with it."""
         try:
             values = parse(line)
-            _check_schema(values)
+            if _check_schema(values) < 2:
+                values = _with_drift(values)
             _check_names("the record", values, _LINE_FIELDS)
             return _from_json(values)
         except ValueError as error:
@@ -235,6 +270,14 @@ def typical_us(seconds: Sequence[float]) -> float:
 def view_text(view: View) -> str:
     """A layout with the channels read of those stored: which of them doesn't change the time."""
     return f"{view.layout} channels {view.count} of {view.layout.channels}"
+
+
+def layout_texts(views: ConvViews) -> tuple[str, str, str]:
+    """Input, output and residual layout as records have them."""
+    residual = "in place" if views.in_place else "none"
+    if views.residual is not None:
+        residual = view_text(views.residual)
+    return view_text(views.x), view_text(views.y), residual
 
 
 def parse(line: str | bytes) -> dict[str, Any]:
@@ -269,12 +312,20 @@ def _from_json(values: dict[str, Any]) -> TuningRecord:
     return TuningRecord(what, **results)
 
 
-def _check_schema(values: dict[str, Any]) -> None:
+def _with_drift(values: dict[str, Any]) -> dict[str, Any]:
+    """A line of schema 1 as one of schema 2."""
+    if "drift" in values:
+        raise ValueError("the record has the unknown field 'drift'")
+    return values | {"drift": None}
+
+
+def _check_schema(values: dict[str, Any]) -> int:
     schema = values.get("schema")
     if type(schema) is not int or schema < 1:
         raise ValueError("schema is no positive whole number")
     if schema > SCHEMA:
-        raise ValueError(f"schema {schema} is newer than {SCHEMA}; upgrade topiarist to read it")
+        raise NewerLogError(f"schema {schema} is newer than {SCHEMA}; upgrade topiarist to read it")
+    return schema
 
 
 def _check_names(where: str, values: dict[str, Any], names: frozenset[str]) -> None:
@@ -303,6 +354,12 @@ def _check_timestamp(value: Any) -> None:
     except ValueError:
         pass
     raise ValueError(f"timestamp is {_short(value)}, not like 2026-01-31T12:00:00Z")
+
+
+def _drift(value: Any) -> float | None:
+    if value is not None and (type(value) not in (int, float) or not 1 <= value <= MAX_SECONDS):
+        raise ValueError(f"drift is {_short(value)}, neither null nor a ratio of at least 1")
+    return None if value is None else float(value)
 
 
 def _seconds(values: Any) -> tuple[float, ...]:
@@ -361,7 +418,7 @@ def _names(kind: type) -> tuple[str, ...]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
-_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
+encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 _LAYOUTS = ("input_layout", "output_layout", "residual_layout")
 _TARGET_FIELDS = frozenset(_names(TargetKey))
 _INPUT_FIELDS = tuple(name for name in _names(MeasureInput) if name != "target")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
@@ -16,39 +16,73 @@ from pathlib import Path
 from typing import BinaryIO
 
 import filelock
-import platformdirs
 
-from topiarist.errors import OutputError, TuningLogError
-from topiarist.targets.spec import TargetSpec
-from topiarist.tuning_logs.record import Measured, TuningRecord, parse
+from topiarist.errors import MissingRecordsError, NewerLogError, OutputError, TuningLogError
+from topiarist.tuning_logs.index import (
+    LEVELS,
+    Asked,
+    Entry,
+    Index,
+    Level,
+    Rank,
+    Site,
+    in_json,
+)
+from topiarist.tuning_logs.lines import LINE_LIMIT, Defect, RawLine, is_torn, no_log, raw_lines
+from topiarist.tuning_logs.record import Measured, MeasureInput, TuningRecord, horizon
 
-LINE_LIMIT = 64 * 1024  # bytes; records have about 1000
 LOCK_TIMEOUT_S = 60.0
 MARK_BYTES = 128  # before the place read up to, compared to notice a rewritten file
 KEEP_BEST = 8
 
 
-def default_log(target: TargetSpec, folder: Path | None = None) -> Path:
-    """The user's log for the target's family; `folder` instead of the one for user data."""
-    if folder is None:
-        folder = platformdirs.user_data_path("topiarist", appauthor=False) / "tuning_logs"
-    return folder / f"{target.family}.jsonl"
+Usable = Callable[[TuningRecord], bool]
+
+
+def anything(_: TuningRecord) -> bool:
+    """Every record is usable."""
+    return True
 
 
 @dataclass(frozen=True)
-class _Line:
-    """A record, the offset where its line ends, and how many lines end up to there."""
+class Match:
+    """A record that answers for what was asked, and how well.
+
+    `exact` is the same measurement. `near` is of a workload with the same shape and pattern whose
+    density differs by `density_gap`, at most 0.02. `other TVM` and `other device` may differ in
+    density too; their times only rank.
+    """
 
     record: TuningRecord
-    end: int
-    ended: int
+    rank: Rank
+
+    @property
+    def level(self) -> Level:
+        """In what it differs at most."""
+        return LEVELS[self.rank.level]
+
+    @property
+    def density_gap(self) -> float:
+        """Between the two workloads."""
+        return self.rank.density_gap
+
+    def __str__(self) -> str:
+        what = self.record.input
+        differs = {
+            "exact": "",
+            "near": f" (density {what.sparsity.get('density')})",
+            "other TVM": f" ({what.versions['apache-tvm']})",
+            "other device": f" ({what.target.device_model})",
+        }
+        return self.level + differs[self.level]
 
 
 class TuningLog:
     """The log in one file, which need not exist yet. For one thread at a time.
 
-    Reading raises TuningLogError naming the file and line of what can't be read; a torn last line
-    is skipped. Writing raises OutputError and leaves the file as it was.
+    Lines that can't be read are skipped and named in `defects`; what is no log at all raises
+    TuningLogError. A torn last line is skipped. Writing raises OutputError and leaves the file as
+    it was.
     """
 
     def __init__(self, path: Path, *, lock_timeout_s: float = LOCK_TIMEOUT_S) -> None:
@@ -68,123 +102,220 @@ class TuningLog:
             if created:
                 _sync_folder(self.path.parent)
 
+    @property
+    def defects(self) -> list[Defect]:
+        """The lines that reading has skipped, in order."""
+        return [self._defects[line] for line in sorted(self._defects)]
+
     def read(self) -> Iterator[TuningRecord]:
         """All records in the order of the file; none where there is no file."""
         with self._open() as file:
-            for line in self._lines(file):
-                yield line.record
+            count = 0
+            self._defects.clear()
+            for line in raw_lines(file):
+                record = None if line.blank else self._decode(line)
+                if record is not None:
+                    count += 1
+                    yield record
+            self._check_is_log(count)
 
-    def lookup(self, measurement_key: str, measured: Measured = "alone") -> TuningRecord | None:
-        """The newest record of exactly this measurement, whatever its status."""
-        self._refresh()
-        found = [r for r in self._by_key.get(measurement_key, ()) if r.measured == measured]
-        return newest(found) if found else None
+    def read_whole(self) -> list[TuningRecord]:
+        """All records. Raises TuningLogError if a line can't be read, and so would be lost."""
+        records = list(self.read())
+        for defect in self.defects:
+            if defect.newer:
+                raise NewerLogError(str(defect))
+            raise TuningLogError(f"{defect}; `topiarist log check --repair` moves it aside")
+        return records
+
+    def find(
+        self,
+        what: MeasureInput,
+        measured: Measured = "alone",
+        *,
+        loosest: Level = "near",
+        usable: Usable = anything,
+    ) -> Match | None:
+        """The record that answers best for a candidate, whatever its status.
+
+        Of repeated measurements the newest that the machine was steady for. Microseconds, but for
+        the first call, which reads the file.
+        """
+        with self._current() as file:
+            asked = Asked.of(Site.of(what))
+            fitting = _fitting(self._index.of_candidate(what), asked, measured, loosest)
+            for rank, entry in fitting:
+                record = self._record(file, entry)
+                if record is not None and usable(record):
+                    return Match(record, rank)
+        return None
 
     def best(
         self,
-        workload_key: str,
-        target_key: str,
-        *,
-        layouts: tuple[str, str, str] | None = None,
+        site: Site,
         measured: Measured = "alone",
-    ) -> list[TuningRecord]:
-        """Records with a time of a workload on a target, fastest first.
+        *,
+        loosest: Level = "near",
+        usable: Usable = anything,
+    ) -> list[Match]:
+        """The records with a time that compete at a site, fastest first, one per candidate.
 
-        Of repeated measurements the newest counts. `layouts` leaves only those between them.
+        They are all of one workload, device and version of TVM, so that their times compare: the
+        closest that has any `usable` one.
         """
-        self._refresh()
-        found = self._by_workload.get((workload_key, target_key), ())
-        current = _latest(r for r in found if r.measured == measured)
-        fitting = (r for r in current if r.status == "ok" and layouts in (None, r.input.layouts))
-        return sorted(fitting, key=lambda r: (r.run_us, r.id))
+        with self._current() as file:
+            asked = Asked.of(site)
+            groups: dict[tuple[Rank, bytes, bytes, bytes], list[Entry]] = defaultdict(list)
+            for rank, entry in _fitting(self._index.of_site(asked), asked, measured, loosest):
+                groups[rank, entry.device, entry.tvm, entry.workload].append(entry)
+            for key in sorted(groups):
+                records = filter(usable, self._last_of_each(file, groups[key]))
+                ordered = sorted(records, key=lambda r: (r.run_us, r.id))
+                if ordered:
+                    return [Match(record, key[0]) for record in ordered]
+        return []
+
+    def history(self, what: MeasureInput, measured: Measured = "alone") -> list[TuningRecord]:
+        """All records of exactly this measurement, what to believe last."""
+        with self._current() as file:
+            asked = Asked.of(Site.of(what))
+            fitting = _fitting(self._index.of_candidate(what), asked, measured, "exact")
+            found = [self._record(file, entry) for _, entry in fitting]
+        return [record for record in reversed(found) if record is not None]
 
     def merge(self, paths: Iterable[Path]) -> int:
         """Make this log the union with others and return how many records came in.
 
         The file is written anew, ordered by time and id, so that it doesn't matter which log is
-        merged into which. Raises TuningLogError for a log that is missing.
+        merged into which. Raises MissingRecordsError for a log that isn't there and
+        TuningLogError for one with a broken line.
         """
-        others = [record for path in paths for record in _existing(path).read()]
+        others = [record for path in paths for record in _existing(path).read_whole()]
         with self._writing():
-            before = {record.id for record in self.read()}
-            union = sort_union([*self.read(), *others])
-            self._rewrite(union)
-        return len(union) - len(before)
+            own = self.read_whole()
+            union = sort_union([*own, *others])
+            self._rewrite(map(_encode, union))
+        return len(union) - len({record.id for record in own})
 
     def compact(self, keep_best: int = KEEP_BEST) -> int:
         """Leave out what newer or faster records outdo, and return how many records went.
 
-        Of repeated measurements the newest stays. Then, for each workload, layouts, target and
-        kernel (of one version, on one TVM), the `keep_best` fastest stay, and all that failed.
+        Of repeated measurements the most credible stays. Then, for each workload, layouts, target
+        and kernel (of one version, on one TVM), the `keep_best` fastest stay, and all that failed.
         """
         if keep_best < 1:
             raise ValueError(f"keep_best must be at least 1, got {keep_best}")
         with self._writing():
-            records = list(self.read())
+            records = self.read_whole()
             kept = _outstanding(records, keep_best)
-            self._rewrite(kept)
+            self._rewrite(map(_encode, kept))
         return len(records) - len(kept)
+
+    def repair(self) -> int:
+        """Move the lines that are no records to `*.broken` and return how many there were.
+
+        Lines of a newer schema stay. Raises TuningLogError for what is no log.
+        """
+        with self._writing():
+            list(self.read())
+            broken = {defect.line for defect in self.defects if not defect.newer}
+            if broken:
+                moved, kept = self._parted(broken)
+                with Path(f"{self.path}.broken").open("ab", buffering=0) as side:
+                    _write_all(side, b"".join(moved))
+                self._rewrite(kept)
+        return len(broken)
+
+    def _parted(self, numbers: Set[int]) -> tuple[list[bytes], list[bytes]]:
+        """The lines of these numbers, whole, and all others."""
+        picked: list[bytes] = []
+        others: list[bytes] = []
+        with self._open() as file:
+            for line in list(raw_lines(file)):
+                file.seek(line.start)
+                text = file.read(line.end - line.start)
+                (picked if line.number in numbers else others).append(text)
+        return picked, others
 
     @contextmanager
     def _open(self) -> Iterator[BinaryIO]:
         """The file for reading, or an empty one where there is none."""
         try:
-            with self.path.open("rb") as file:
+            file: BinaryIO = self.path.open("rb") if self.path.exists() else BytesIO()
+            with file:
                 yield file
-        except FileNotFoundError:
-            yield BytesIO()
         except OSError as error:
-            raise TuningLogError(f"can't read {self.path}: {error.strerror}") from error
-
-    def _lines(self, file: BinaryIO, start: int = 0, ended: int = 0) -> Iterator[_Line]:
-        """The lines from an offset on, before which `ended` lines end."""
-        left = file.seek(0, os.SEEK_END) - start  # what is written from now on may look torn
-        file.seek(start)
-        while left > 0:
-            raw = file.readline(min(left, LINE_LIMIT))
-            left -= len(raw)
-            whole = raw.endswith(b"\n")
-            if not raw or (not whole and not left and _is_torn(raw)):
-                return
-            record = self._decode(raw, ended + 1) if raw.strip() else None
-            start += len(raw)
-            ended += whole
-            if record is not None:
-                yield _Line(record, start, ended)
-
-    def _decode(self, raw: bytes, number: int) -> TuningRecord:
-        where = f"{self.path}, line {number}"
-        if len(raw) >= LINE_LIMIT:
-            raise TuningLogError(f"{where} is longer than {LINE_LIMIT} bytes: no tuning log?")
-        try:
-            return TuningRecord.from_line(raw)
-        except TuningLogError as error:
-            remedy = "" if "upgrade" in str(error) else "; delete the line or restore the file"
-            raise TuningLogError(f"{where}: {error}{remedy}") from error
+            raise TuningLogError(f"can't read {self.path}: {error.strerror or error}") from error
 
     def _forget(self) -> None:
-        self._by_key: dict[str, list[TuningRecord]] = defaultdict(list)
-        self._by_workload: dict[tuple[str, str], list[TuningRecord]] = defaultdict(list)
+        self._index = Index()
+        self._records: dict[int, TuningRecord | None] = {}  # by offset
+        self._defects: dict[int, Defect] = {}  # by line
         self._end = self._ended = 0  # the offset read up to, and the lines that end before it
         self._mark = b""
         self._seen: tuple[int, ...] = ()
 
-    def _refresh(self) -> None:
+    @contextmanager
+    def _current(self) -> Iterator[BinaryIO]:
+        """The file for reading, and the index up to date with it."""
+        with self._open() as file:
+            self._refresh(file)
+            yield file
+
+    def _refresh(self, file: BinaryIO) -> None:
         """Bring the index up to date with the file, by reading only what is new."""
-        seen = _identity(self.path)
+        seen = _identity(file)
         if seen == self._seen:
             return
-        with self._open() as file:
-            same_file = seen[:2] == self._seen[:2]
-            if not same_file or self._before_end(file) != self._mark:  # replaced, or cut
-                self._forget()
-            for line in self._lines(file, self._end, self._ended):
-                what = line.record.input
-                self._by_key[what.key].append(line.record)
-                self._by_workload[what.workload_key, what.target_key].append(line.record)
-                self._end, self._ended = line.end, line.ended
-            self._mark = self._before_end(file)
+        same_file = seen[:2] == self._seen[:2]
+        if not same_file or self._before_end(file) != self._mark:  # replaced, or cut
+            self._forget()
+        for line in raw_lines(file, self._end, self._ended):
+            if not line.blank and not self._index.add_line(line.text, line.start, line.number):
+                record = self._decode(line)
+                if record is not None:
+                    self._index.add_record(record, line.start, len(line.text), line.number)
+            self._end, self._ended = line.end, line.number - (not line.ended)
+        self._check_is_log(len(self._index))
+        self._mark = self._before_end(file)
         self._seen = seen
+
+    def _record(self, file: BinaryIO, entry: Entry) -> TuningRecord | None:
+        """The record of an entry, None if it turns out to be no record."""
+        if entry.start not in self._records:
+            file.seek(entry.start)
+            text = file.read(entry.size)
+            line = RawLine(text, entry.start, entry.start + entry.size, entry.number, True)
+            record = self._decode(line)
+            if record is not None and not self._index.holds(record, entry):
+                record = None
+            self._records[entry.start] = record
+        return self._records[entry.start]
+
+    def _last_of_each(self, file: BinaryIO, entries: list[Entry]) -> list[TuningRecord]:
+        """Of each candidate's entries, the first that is a record, if it has a time."""
+        found: dict[int, TuningRecord] = {}
+        for entry in entries:
+            if entry.candidate not in found:
+                record = self._record(file, entry)
+                if record is not None:
+                    found[entry.candidate] = record
+        return [record for record in found.values() if record.status == "ok"]
+
+    def _decode(self, line: RawLine) -> TuningRecord | None:
+        """The record on a line, or None and a defect."""
+        try:
+            return line.record()
+        except TuningLogError as error:
+            newer = isinstance(error, NewerLogError)
+            self._defects[line.number] = Defect(self.path, line.number, str(error), newer)
+            return None
+
+    def _check_is_log(self, records: int) -> None:
+        """Raise TuningLogError for a file with lines of which none is a record."""
+        broken = [defect for defect in self.defects if not defect.newer]
+        if broken and not records:
+            raise no_log(broken[0])
 
     def _before_end(self, file: BinaryIO) -> bytes:
         """The bytes before the offset that the index was read up to."""
@@ -218,21 +349,21 @@ class TuningLog:
             tail = _tail(file, self.path)
             if not tail:
                 return
-            if not _is_torn(tail):
+            if not is_torn(tail):
                 _write_all(file, b"\n")
                 return
             with Path(f"{self.path}.torn").open("ab", buffering=0) as side:
                 _write_all(side, tail + b"\n")
             file.truncate(file.seek(0, os.SEEK_END) - len(tail))
 
-    def _rewrite(self, records: list[TuningRecord]) -> None:
+    def _rewrite(self, lines: Iterable[bytes]) -> None:
         """Replace the file in one step."""
         aside = Path(f"{self.path}.new")
         try:
             with aside.open("wb", buffering=0) as file:
                 if self.path.exists():
                     aside.chmod(self.path.stat().st_mode)
-                _write_all(file, b"".join(map(_encode, records)))
+                _write_all(file, b"".join(lines))
             aside.replace(self.path)
         except OSError:
             with suppress(OSError):
@@ -241,15 +372,10 @@ class TuningLog:
         _sync_folder(self.path.parent)
 
 
-def newest(records: Iterable[TuningRecord]) -> TuningRecord:
-    """The last one measured; of those of one second the last one given."""
-    chosen: TuningRecord | None = None
-    for record in records:
-        if chosen is None or record.timestamp >= chosen.timestamp:
-            chosen = record
-    if chosen is None:
-        raise ValueError("there is no newest of no records")
-    return chosen
+def most_credible(records: Iterable[TuningRecord]) -> TuningRecord:
+    """Of repeated measurements the one to believe; of equals the last one given."""
+    limit = horizon()
+    return max(reversed(list(records)), key=lambda record: record.credit(limit))
 
 
 def sort_union(records: Iterable[TuningRecord]) -> list[TuningRecord]:
@@ -259,11 +385,11 @@ def sort_union(records: Iterable[TuningRecord]) -> list[TuningRecord]:
 
 
 def _latest(records: Iterable[TuningRecord]) -> list[TuningRecord]:
-    """The newest record of each measurement."""
+    """The record to believe of each measurement."""
     groups: dict[tuple[str, str], list[TuningRecord]] = defaultdict(list)
     for record in records:
         groups[record.measurement_key, record.measured].append(record)
-    return [newest(group) for group in groups.values()]
+    return [most_credible(group) for group in groups.values()]
 
 
 def _outstanding(records: list[TuningRecord], keep_best: int) -> list[TuningRecord]:
@@ -286,7 +412,7 @@ def _outstanding(records: list[TuningRecord], keep_best: int) -> list[TuningReco
 
 def _existing(path: Path) -> TuningLog:
     if not path.is_file():
-        raise TuningLogError(f"there is no tuning log {path}")
+        raise MissingRecordsError(f"there is no tuning log {path}")
     return TuningLog(path)
 
 
@@ -295,17 +421,6 @@ def _encode(record: TuningRecord) -> bytes:
     if len(line) >= LINE_LIMIT:
         raise ValueError(f"a record has {len(line)} bytes, more than {LINE_LIMIT}")
     return line
-
-
-def _is_torn(raw: bytes) -> bool:
-    """Whether an unended last line is the beginning of a record: no such beginning is JSON."""
-    if len(raw) >= LINE_LIMIT:
-        return False
-    try:
-        parse(raw)
-    except ValueError:
-        return True
-    return False
 
 
 def _tail(file: BinaryIO, path: Path) -> bytes:
@@ -332,13 +447,27 @@ def _write_all(file: BinaryIO, data: bytes) -> None:
         raise
 
 
-def _identity(path: Path) -> tuple[int, ...]:
-    """What changes when a file is written or replaced."""
-    try:
-        stat = path.stat()
-    except OSError:
+def _identity(file: BinaryIO) -> tuple[int, ...]:
+    """What changes when a file is written or replaced; empty where there is no file."""
+    if isinstance(file, BytesIO):
         return ()
+    stat = os.fstat(file.fileno())
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _fitting(
+    entries: Iterable[Entry], asked: Asked, measured: Measured, loosest: Level
+) -> list[tuple[Rank, Entry]]:
+    """The entries that may answer, the closest first, and of those the most credible."""
+    wanted, worst = in_json(measured), LEVELS.index(loosest)
+    ranked = [
+        (rank, entry)
+        for entry in entries
+        if entry.measured == wanted and (rank := asked.rank(entry)) is not None and rank[0] <= worst
+    ]
+    limit = in_json(horizon())
+    ranked.sort(key=lambda found: found[1].credit(limit), reverse=True)
+    return sorted(ranked, key=lambda found: found[0])
 
 
 def _sync_folder(folder: Path) -> None:

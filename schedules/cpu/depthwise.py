@@ -155,25 +155,25 @@ class _Bands:
         at = k.y_at(where.image, where.ty, where.tx) + channel * k.views.y.layout.channel_stride
         source = channel // k.group_out * k.views.x.layout.channel_stride
         source = source + k.x_at(where.image, where.ty, where.tx)
-        start = k.initial(self.ops, at, where, channel)
         if self.config.unrolled:
+            start = k.initial(self.ops, at, where, channel)
             sums = self._accumulate(start, source, kept, kh)
-            self._store(at, [emit.clamp(s, k.workload.activation, k.lanes) for s in sums])
+            for step, value in zip(k.steps(k.geometry.y), sums, strict=True):
+                done = emit.clamp(value, k.workload.activation, k.lanes)
+                T.buffer_store(self.ops.y, done, [self._ramp(at + step)])
             return
-        self._store(at, start)
+        totals = k.load(self.ops, at, where, channel, first=True)
         with T.serial(0, kh) as ky:
             row = self._weights((channel * kh + ky) * kw, kw)
             step = k.workload.dilation[0] * k.views.x.layout.row_vectors * k.lanes
-            before = [self.ops.y[self._ramp(at + s)] for s in k.steps(k.geometry.y)]
-            self._store(at, self._accumulate(before, source + ky * step, row, 1))
-        k.finish(self.ops.y, at)
+            before = [emit.value_of(total) for total in totals]
+            after = self._accumulate(before, source + ky * step, row, 1)
+            for total, value in zip(totals, after, strict=True):
+                emit.assign(total, value)
+        k.store(self.ops.y, at, totals, last=True)
 
     def _ramp(self, at: Any) -> Any:
         return emit.ramp(at, self.k.lanes)
-
-    def _store(self, at: Any, values: list[Any]) -> None:
-        for step, value in zip(self.k.steps(self.k.geometry.y), values, strict=True):
-            T.buffer_store(self.ops.y, value, [self._ramp(at + step)])
 
     def _accumulate(self, start: list[Any], source: Any, weights: list[Any], kh: int) -> list[Any]:
         """The tile's sums plus `kh` rows of the window; every input vector is loaded once."""

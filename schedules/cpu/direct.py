@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tvm.script.ir_builder import tirx as T
 
 from topiarist.schedules.cpu import emit
+from topiarist.schedules.cpu.ahead import Ahead
 from topiarist.schedules.kernel import ConvViews, KernelConfig
 from topiarist.schedules.layout import (
     Halo,
@@ -30,6 +31,7 @@ from topiarist.schedules.workload import ConvWorkload
 
 FloatArray = NDArray[np.float32]
 MAX_OFFSET = 1 << 16
+FETCHED_AHEAD = 4  # visits
 EVEN = 1.05  # the busiest thread's share of tasks, relative to an even one, that is good enough
 
 
@@ -221,28 +223,52 @@ class _Kernel:
         """What a tile of one channel starts with: bias, plus the residual."""
         start = emit.splat(ops.bias[channel], self.lanes)
         if self.views.in_place:
-            steps = self.steps(self.geometry.y)
-            return [start + ops.y[emit.ramp(at + step, self.lanes)] for step in steps]
+            return [start + value for value in self._so_far(ops.y, at)]
+        residual = self._residual(ops, where, channel)
+        return [start + value for value in residual] or [start] * self.vectors
+
+    def load(self, ops: _Operands, at: Any, where: _Where, channel: Any, first: bool) -> list[Any]:
+        """Accumulators of a tile of one channel: its initial values, or the sum so far."""
+        values = self.initial(ops, at, where, channel) if first else self._so_far(ops.y, at)
+        sums = emit.accumulators(self.vectors, self.lanes)
+        for total, value in zip(sums, values, strict=True):
+            emit.assign(total, value)
+        return sums
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of a tile of one channel."""
+        return self.config.rows * self.config.cols
+
+    def _so_far(self, y: Any, at: Any) -> list[Any]:
+        return [y[emit.ramp(at + step, self.lanes)] for step in self.steps(self.geometry.y)]
+
+    def _residual(self, ops: _Operands, where: _Where, channel: Any) -> list[Any]:
+        """The residual's tile of one channel; nothing where there is none."""
         view, address = self.views.residual, self.geometry.residual
         if view is None or address is None:
-            return [start] * len(self.steps(self.geometry.y))
+            return []
         base = where.image * view.layout.size + address.base(where.ty, where.tx) + view.base
         base = base + channel * view.layout.channel_stride
-        return [
-            start + ops.residual[emit.ramp(base + step, self.lanes)] for step in self.steps(address)
-        ]
+        return [ops.residual[emit.ramp(base + step, self.lanes)] for step in self.steps(address)]
 
-    def begin(self, y: Any, at: Any, values: list[Any]) -> None:
-        for step, value in zip(self.steps(self.geometry.y), values, strict=True):
-            T.buffer_store(y, value, [emit.ramp(at + step, self.lanes)])
+    def fetch(self, y: Any, group_at: Any, order: Any, visit: Any) -> None:
+        """Ask for the tile of a later visit to the sparse form's rows, which come in any order.
 
-    def finish(self, y: Any, at: Any) -> None:
-        if self.workload.activation == (None, None):
-            return
+        It pays where a visit does little else: measured, for pointwise layers that widen.
+        """
+        visits = self.workload.groups * self.in_blocks * self.group_out // self.config.out_block
+        later = T.cast(order[T.min(visit + FETCHED_AHEAD, visits - 1)], "int32")
+        at = T.bind(group_at + later * self.views.y.layout.channel_stride)
         for step in self.steps(self.geometry.y):
-            index = emit.ramp(at + step, self.lanes)
-            value = emit.clamp(y[index], self.workload.activation, self.lanes)
-            T.buffer_store(y, value, [index])
+            emit.prefetch(y, at + step)
+
+    def store(self, y: Any, at: Any, sums: list[Any], last: bool) -> None:
+        """Write a tile of one channel, clamped when it is complete."""
+        bounds = self.workload.activation if last else (None, None)
+        for total, step in zip(sums, self.steps(self.geometry.y), strict=True):
+            value = emit.clamp(emit.value_of(total), bounds, self.lanes)
+            T.buffer_store(y, value, [emit.ramp(at + step, self.lanes)])
 
 
 def make_kernel(
@@ -253,15 +279,23 @@ def make_kernel(
     return None if geometry is None else _Kernel(workload, config, views, geometry, threads)
 
 
-def _sparse_body(
-    k: _Kernel, ops: _Operands, values: Any, offsets: Any, starts: Any
-) -> Callable[[Any, Any, Any, Any], None]:
-    """The loops inside a tile of the CSR form."""
+@dataclass(frozen=True)
+class _Csr:
+    """The buffers of a packed sparse weight (`pack_sparse`)."""
+
+    values: Any
+    offsets: Any
+    starts: Any
+    order: Any
+
+
+def _sparse_body(k: _Kernel, ops: _Operands, weight: _Csr) -> Callable[[Any, Any, Any, Any], None]:
+    """The loops inside a tile of the sparse form."""
     block = k.config.out_block
-    rows = k.group_out // block
-    chunk = rows // k.splits()
+    visits = k.group_out // block
+    chunk = visits // k.splits()
     x_stride, y_stride = k.views.x.layout.channel_stride, k.views.y.layout.channel_stride
-    x_steps, y_steps = k.steps(k.geometry.x), k.steps(k.geometry.y)
+    x_steps = k.steps(k.geometry.x)
 
     def tile(image: Any, ty: Any, tx: Any, split: Any) -> None:
         y_base, x_base = k.y_at(image, ty, tx), k.x_at(image, ty, tx)
@@ -271,26 +305,23 @@ def _sparse_body(
             def in_block(q: Any, first: bool, last: bool) -> None:
                 x_block = x_base + (group * k.group_in + q * k.config.in_block) * x_stride
                 with T.serial(0, chunk) as within:
-                    row = split * chunk + within
-                    channel = group * k.group_out + row * block
+                    visit = (group * k.in_blocks + q) * visits + split * chunk + within
+                    row = T.bind(T.cast(weight.order[visit], "int32"))
+                    channel = group * k.group_out + row
                     at = [y_base + (channel + a) * y_stride for a in range(block)]
-                    if first:
+                    sums = [k.load(ops, at[a], where, channel + a, first) for a in range(block)]
+                    if k.workload.pointwise and k.group_out > k.group_in:
+                        k.fetch(ops.y, y_base + group * k.group_out * y_stride, weight.order, visit)
+                    begin = T.bind(weight.starts[visit])
+                    with T.serial(0, weight.starts[visit + 1] - begin) as j:
+                        tap = x_block + T.cast(weight.offsets[begin + j], "int32") * k.lanes
                         for a in range(block):
-                            start = k.initial(ops, at[a], where, channel + a)
-                            k.begin(ops.y, at[a], start)
-                    index = (group * k.in_blocks + q) * rows + row
-                    begin = T.bind(starts[index])
-                    with T.serial(0, starts[index + 1] - begin) as j:
-                        tap = x_block + T.cast(offsets[begin + j], "int32") * k.lanes
-                        for a in range(block):
-                            weight = emit.splat(values[(begin + j) * block + a], k.lanes)
-                            for x_step, y_step in zip(x_steps, y_steps, strict=True):
-                                to = emit.ramp(at[a] + y_step, k.lanes)
-                                read = ops.x[emit.ramp(tap + x_step, k.lanes)]
-                                T.buffer_store(ops.y, ops.y[to] + weight * read, [to])
-                    if last:
-                        for a in range(block):
-                            k.finish(ops.y, at[a])
+                            value = emit.splat(weight.values[(begin + j) * block + a], k.lanes)
+                            for total, step in zip(sums[a], x_steps, strict=True):
+                                read = ops.x[emit.ramp(tap + step, k.lanes)]
+                                emit.assign(total, emit.value_of(total) + value * read)
+                    for a in range(block):
+                        k.store(ops.y, at[a], sums[a], last)
 
             k.in_block_loop(in_block)
 
@@ -298,46 +329,53 @@ def _sparse_body(
 
 
 def sparse_prim_func(k: _Kernel, name: str) -> Any:
-    """f(x, values, offsets, starts, bias[, residual], y); the number of nonzeros is dynamic."""
+    """f(x, values, offsets, starts, order, bias[, residual], y); the nonzeros are dynamic."""
     w, views = k.workload, k.views
-    rows = w.groups * k.in_blocks * (k.group_out // k.config.out_block)
+    visits = w.groups * k.in_blocks * (k.group_out // k.config.out_block)
     with emit.prim_func(name) as builder:
         nnz, count = emit.symbol("count"), emit.symbol("nonzeros")
         x = emit.argument("x", w.batch * views.x.layout.size)
-        values = emit.argument("values", count)
-        offsets = emit.argument("offsets", nnz, "uint16")
-        starts = emit.argument("starts", rows + 1, "int32")
+        weight = _Csr(
+            values=emit.argument("values", count),
+            offsets=emit.argument("offsets", nnz, "uint16"),
+            starts=emit.argument("starts", visits + 1, "int32"),
+            order=emit.argument("order", visits, "uint16"),
+        )
         bias = emit.argument("bias", w.out_channels)
         residual = None
         if views.residual is not None:
             residual = emit.argument("residual", w.batch * views.residual.layout.size)
         y = emit.argument("y", w.batch * views.y.layout.size)
         ops = _Operands(x, bias, residual, y)
-        k.tile_loop(_sparse_body(k, ops, values, offsets, starts))
+        k.tile_loop(_sparse_body(k, ops, weight))
         emit.write_halo(y, views.y, w.batch, k.threads)
     return builder.get()
 
 
 def pack_sparse(k: _Kernel, weight: FloatArray) -> tuple[NDArray[Any], ...] | None:
-    """values, offsets, starts of the weight [O, C / groups, kh, kw].
+    """values, offsets, starts, order of the weight [O, C / groups, kh, kw].
 
-    Rows are ordered as the kernel visits them: group, block of input channels, block of output
-    channels. None where an offset needs more than 16 bits.
+    A visit works on `out_block` neighbouring output channels in a block of input channels, on the
+    union of their nonzeros. Visits come in the order group, block of input channels, number of
+    nonzeros: neighbours of one length make the ends of their loops predictable. `order` holds
+    their first channels within the group. None where an offset needs more than 16 bits.
     """
     block = k.config.out_block
     stride, lanes = k.views.x.layout.channel_stride, k.lanes
     taps = k.geometry.taps[None] + np.arange(k.group_in)[:, None, None] * stride
-    values, offsets, counts = [], [], [np.zeros(1, np.int64)]
+    values, offsets, counts, orders = [], [], [np.zeros(1, np.int64)], []
     for part, first, count in _row_blocks(k):
         at = (taps[first : first + count] - first * stride).ravel()
         dense = weight[part, first : first + count].reshape(-1, block, len(at))
         kept = (dense != 0).any(1)
-        row, col = np.nonzero(kept)
-        offsets.append(at[col])
-        values.append(dense[row, :, col].ravel())
-        counts.append(kept.sum(1))
+        order = _by_length(kept.sum(1), k.splits())
+        visit, col = np.nonzero(kept[order])
+        offsets.append(at[col] // lanes)
+        values.append(dense[order[visit], :, col].ravel())
+        counts.append(kept[order].sum(1))
+        orders.append(order * block)
     starts = np.cumsum(np.concatenate(counts))
-    flat = np.concatenate(offsets) // lanes
+    flat = np.concatenate(offsets)
     if flat.size and flat.max() >= MAX_OFFSET:
         return None
     # One value of padding keeps an empty weight's buffers non-empty.
@@ -345,7 +383,15 @@ def pack_sparse(k: _Kernel, weight: FloatArray) -> tuple[NDArray[Any], ...] | No
         np.append(np.concatenate(values), 0).astype(np.float32),
         np.append(flat, 0).astype(np.uint16),
         starts.astype(np.int32),
+        np.concatenate(orders).astype(np.uint16),
     )
+
+
+def _by_length(lengths: NDArray[np.int64], splits: int) -> NDArray[np.int64]:
+    """The order of rising length within each of the parts that threads work on."""
+    parts = lengths.reshape(splits, -1)
+    order = np.argsort(parts, axis=1, kind="stable")
+    return (order + np.arange(splits)[:, None] * parts.shape[1]).ravel()
 
 
 def _row_blocks(k: _Kernel) -> Iterator[tuple[slice, int, int]]:
@@ -403,7 +449,7 @@ class _DenseLoops:
                 for channel, count, size in self._segments():
                     with emit.loop(count, self.k.threads) as within, T.serial(0, ny * nx) as tile:
                         where = _Where(image, tile // nx, tile % nx)
-                        step = _Step(group, q, first, last)
+                        step = _Step(group, q, first, last, tile, ny * nx)
                         self._product(where, step, channel + within * size, size)
 
             self.k.in_block_loop(in_block)
@@ -420,34 +466,43 @@ class _DenseLoops:
         channel = step.group * k.group_out + first_channel
         y_base = k.y_at(where.image, where.ty, where.tx)
         at = [y_base + (channel + a) * y_stride for a in range(size)]
-        if step.first:
-            for a in range(size):
-                k.begin(ops.y, at[a], k.initial(ops, at[a], where, channel + a))
+        sums = [k.load(ops, at[a], where, channel + a, step.first) for a in range(size)]
         block = (step.group * k.in_blocks + step.q) * k.group_out + first_channel
         w_block = block * k.config.in_block * kh * kw
-        x_steps, y_steps = k.steps(k.geometry.x), k.steps(k.geometry.y)
-        with T.serial(0, k.config.in_block) as c, T.serial(0, kh) as ky, T.serial(0, kw) as kx:
-            tap = x_block + c * x_stride + ky * row_tap + kx * col_tap
-            w_at = w_block + ((c * kh + ky) * kw + kx) * size
-            for a in range(size):
-                weight = emit.splat(self.weights[w_at + a], k.lanes)
-                for x_step, y_step in zip(x_steps, y_steps, strict=True):
-                    to = emit.ramp(at[a] + y_step, k.lanes)
-                    read = ops.x[emit.ramp(tap + x_step, k.lanes)]
-                    T.buffer_store(ops.y, ops.y[to] + weight * read, [to])
-        if step.last:
-            for a in range(size):
-                k.finish(ops.y, at[a])
+        x_steps = k.steps(k.geometry.x)
+        ahead = Ahead.of(k.config.in_block, kh * kw * size, step.turns)
+        with T.serial(0, k.config.in_block // ahead.channels) as part:
+            ahead.emit(self.weights, w_block, step.turn, part)
+            with (
+                T.serial(0, ahead.channels) as within,
+                T.serial(0, kh) as ky,
+                T.serial(0, kw) as kx,
+            ):
+                c = part * ahead.channels + within
+                tap = x_block + c * x_stride + ky * row_tap + kx * col_tap
+                w_at = w_block + ((c * kh + ky) * kw + kx) * size
+                for a in range(size):
+                    weight = emit.splat(self.weights[w_at + a], k.lanes)
+                    for total, x_step in zip(sums[a], x_steps, strict=True):
+                        read = ops.x[emit.ramp(tap + x_step, k.lanes)]
+                        emit.assign(total, emit.value_of(total) + weight * read)
+        for a in range(size):
+            k.store(ops.y, at[a], sums[a], step.last)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A group and a block of its input channels; whether it is the first or the last block."""
+    """A group and a block of its input channels; whether it is the first or the last block.
+
+    A panel of weights is used `turns` times in a row; this is one of them.
+    """
 
     group: Any
     q: Any
     first: bool
     last: bool
+    turn: Any = 0
+    turns: int = 1
 
 
 def dense_prim_func(k: _Kernel, name: str) -> Any:

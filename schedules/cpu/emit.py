@@ -1,10 +1,9 @@
 """Pieces of TIR that all CPU kernels are written with.
 
 Kernels work on flat one-dimensional buffers whose layout is known when they are generated, and on
-whole aligned vectors. Two rules come from the compiler and are kept everywhere: accumulators live
-in the output buffer (LLVM keeps them in registers over a loop; local buffers would spill), and
-serial loops start at zero (TVM 0.27 drops the lower bound of an outer loop around a loop with a
-dynamic bound).
+whole aligned vectors. Two rules come from the compiler and are kept everywhere: what is to stay in
+registers over a loop lives in `accumulators`, and serial loops start at zero (TVM 0.27 drops the
+lower bound of an outer loop around a loop with a dynamic bound).
 """
 
 from __future__ import annotations
@@ -70,13 +69,6 @@ def gather(buffer: Any, base: Any, index: Any, lanes: int, fill: float = 0.0) ->
     return tirx.Select(inside, read, other)
 
 
-def prefetch(buffer: Any, at: Any) -> None:
-    """Ask for the cache line of buffer[at], which may lie past the end."""
-    read, everywhere, data = T.int32(0), T.int32(3), T.int32(1)
-    address = T.address_of(buffer[at])
-    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, everywhere, data))
-
-
 def clamp(value: Any, bounds: Clamp, lanes: int) -> Any:
     """min(max(value, low), high) on a vector."""
     low, high = bounds
@@ -85,6 +77,33 @@ def clamp(value: Any, bounds: Clamp, lanes: int) -> Any:
     if high is not None:
         value = T.min(value, splat(high, lanes))
     return value
+
+
+def accumulators(count: int, lanes: int) -> list[Any]:
+    """Vectors that LLVM keeps in registers.
+
+    They are small allocations of global scope, which TVM puts on the stack when they have less
+    than a kilobyte, and each is a buffer of its own, so that stores to one do not make LLVM reload
+    another. In the scope `local` they would come from the heap.
+    """
+    return [T.alloc_buffer((lanes,), "float32", scope="global") for _ in range(count)]
+
+
+def value_of(accumulator: Any) -> Any:
+    """The vector that an accumulator holds."""
+    return accumulator[ramp(0, int(accumulator.shape[0]))]
+
+
+def assign(accumulator: Any, value: Any) -> None:
+    """Set an accumulator."""
+    T.buffer_store(accumulator, value, [ramp(0, int(accumulator.shape[0]))])
+
+
+def prefetch(buffer: Any, at: Any, level: int = 1) -> None:
+    """Ask for the cache line of buffer[at], which may lie past the end, into a cache's level."""
+    read, locality, data = T.int32(0), T.int32(4 - level), T.int32(1)
+    address = T.address_of(buffer[at])
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, locality, data))
 
 
 def loop(extent: Any, threads: int = 1) -> Any:

@@ -38,6 +38,7 @@ class DirectSparse(_Direct):
     """Direct sparse convolution, one output channel at a time."""
 
     name = "direct_sparse"
+    version = 2
     sparse = True
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:

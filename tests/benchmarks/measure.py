@@ -1,80 +1,156 @@
-"""What the benchmark scripts share: one case measured, one JSON file, one table."""
+"""What the benchmarks share: bundles compiled and checked, engines in turns, figures, settings."""
 
-import argparse
+from __future__ import annotations
+
 import importlib.metadata
+import importlib.util
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
-from rich.console import Console
-from rich.table import Table
+from numpy.typing import NDArray
 
-from topiarist.compiler.bench import bench
+from topiarist.compiler import engines
+from topiarist.compiler.bench import Ratio, ratio_interval, time_in_turns
+from topiarist.compiler.bundle import read_manifest
+from topiarist.compiler.engines import Engine
+from topiarist.compiler.input_data import random_inputs
 from topiarist.compiler.verify import verify
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("topiarist", "apache-tvm", "onnxruntime", "openvino", "onnx", "numpy")
-Case = tuple[str, Callable[[], onnx.ModelProto]]
+
+Feeds = Mapping[str, NDArray[Any]]
 
 
-def options(description: str) -> argparse.Namespace:
-    """The command line of a benchmark."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--seconds", type=float, default=20.0, help="timing per case")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--against", default="ort", help="comma-separated, as in topiarist bench")
-    parser.add_argument("--json", type=Path, help="write the results here")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table: what is claimed, and what was measured with its 95 % interval.
+
+    `least` and `aim` are the project's bars, None where it has none; `at_most` turns them round.
+    """
+
+    what: str
+    least: float | None
+    aim: float | None
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    unit: str = "x"
+    at_most: bool = False
 
 
-def run(question: str, cases: list[Case], opts: argparse.Namespace) -> None:
-    """Measure all cases, show them, and write the JSON."""
-    console = Console()
-    results = []
-    for name, make in cases:
-        with console.status(f"{name}: compile, verify, time"), tempfile.TemporaryDirectory() as tmp:
-            results.append({"case": name, **_measure(make(), Path(tmp), opts)})
-    console.print(_table(question, results))
-    if opts.json:
-        opts.json.write_text(json.dumps({"question": question, **setting(), "cases": results}))
-        console.print(f"Written to {opts.json}.")
+@dataclass(frozen=True)
+class CaseResult:
+    """The figures of a case, and all that they were taken from, as plain JSON values."""
+
+    figures: tuple[Figure, ...]
+    details: dict[str, Any]
 
 
-def _measure(model: onnx.ModelProto, folder: Path, opts: argparse.Namespace) -> dict[str, Any]:
-    """Compile one model, compare its outputs, time it and the others interleaved."""
-    source, bundle = folder / "model.onnx", folder / "model.topi"
+@dataclass(frozen=True)
+class Compiled:
+    """A bundle, its model file, and what compiling and checking it said."""
+
+    model: Path
+    bundle: Path
+    details: dict[str, Any]
+
+
+def rivals() -> list[str]:
+    """The engines to beat: ONNX Runtime, and OpenVINO where it is installed."""
+    return ["ort"] + (["openvino"] if importlib.util.find_spec("openvino") else [])
+
+
+def compiled(name: str, model: onnx.ModelProto, folder: Path, *, threads: int = 1) -> Compiled:
+    """Compile a model and compare its outputs with ONNX Runtime's. Raises RuntimeError if wrong."""
+    source, bundle = folder / f"{name}.onnx", folder / f"{name}.topi"
     onnx.save(model, source)
-    compile_s = _compile(source, bundle, opts.threads)
-    against = opts.against.split(",")
-    timed = bench(bundle, source, against, threads=opts.threads, seconds=opts.seconds)
-    return {
-        **timed.to_json(),
-        "verify": verify(bundle, source).to_json(),
-        "compile_s": compile_s,
+    report, seconds = _compile(source, bundle, threads)
+    checked = verify(bundle, source)
+    if not checked.passed:
+        raise RuntimeError(f"{name}: the outputs differ from ONNX Runtime's by {checked.max_rel}")
+    details = {
+        "verify": checked.to_json(),
+        "compile_s": seconds,
         "model_bytes": source.stat().st_size,
-        "bundle_bytes": sum(p.stat().st_size for p in bundle.rglob("*") if p.is_file()),
+        "bundle_bytes": report["bytes"],
+        "layers": report["layers"],
     }
+    return Compiled(source, bundle, details)
 
 
-def _compile(source: Path, bundle: Path, threads: int) -> float:
-    """Seconds of a compilation in a process of its own: it binds itself to a core."""
+def _compile(source: Path, bundle: Path, threads: int) -> tuple[dict[str, Any], float]:
+    """The compiler's report and seconds, in a process of its own: nothing else's threads."""
     start = time.perf_counter()
     command = (sys.executable, "-m", "topiarist.compiler.cli", "compile", "--json")
-    subprocess.run(
+    done = subprocess.run(
         (*command, str(source), "-o", str(bundle), "--threads", str(threads)),
+        stdout=subprocess.PIPE,
         check=True,
-        stdout=subprocess.DEVNULL,
     )
-    return time.perf_counter() - start
+    return json.loads(done.stdout), time.perf_counter() - start
+
+
+def bundle_engine(name: str, bundle: Path, feeds: Feeds, threads: int = 1) -> Engine:
+    """A bundle to time, under a name of its own."""
+    return replace(engines.open_bundle(bundle, feeds, threads), name=name)
+
+
+def feeds_of(bundle: Path) -> Feeds:
+    """Random inputs of a bundle."""
+    return random_inputs(read_manifest(bundle).inputs)
+
+
+def in_turns(contestants: Sequence[Engine], seconds: float) -> dict[str, list[float]]:
+    """Seconds of one inference by engine, one value a round."""
+    return time_in_turns(
+        contestants, seconds=seconds, rounds=None, clock=time.perf_counter, sleep=time.sleep
+    )
+
+
+def over_best(samples: dict[str, list[float]], ours: str, others: Sequence[str]) -> Ratio:
+    """The time of the other that is fastest in this run, over ours."""
+    best = min(others, key=lambda name: float(np.median(samples[name])))
+    return ratio_interval(samples[best], samples[ours])
+
+
+def geomean(ratios: Sequence[Ratio]) -> Ratio:
+    """The geometric mean; its interval is that of the intervals' ends, wider than 95 %."""
+
+    def mean(values: Sequence[float]) -> float:
+        return math.exp(sum(math.log(v) for v in values) / len(values))
+
+    ends = [(r.median, r.low, r.high) for r in ratios]
+    return Ratio(*(mean(values) for values in zip(*ends, strict=True)))
+
+
+def figure(what: str, least: float | None, aim: float | None, ratio: Ratio) -> Figure:
+    """A ratio as a line of the table."""
+    return Figure(what, least, aim, ratio.median, ratio.low, ratio.high)
+
+
+def summary(samples: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Milliseconds by engine."""
+    return {
+        name: {
+            f"{what}_ms": 1e3 * float(np.percentile(values, percentile))
+            for what, percentile in (("median", 50), ("p10", 10), ("p90", 90))
+        }
+        | {"rounds": len(values)}
+        for name, values in samples.items()
+    }
 
 
 def setting() -> dict[str, Any]:
@@ -110,19 +186,3 @@ def _git(*command: str) -> str:
     """A git command's output, "" outside a repository."""
     done = subprocess.run(("git", *command), cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip()
-
-
-def _table(question: str, results: list[dict[str, Any]]) -> Table:
-    """Median and spread per case and engine."""
-    table = Table("case", "engine", "median ms", "10 % - 90 %", "ours faster by", title=question)
-    for result in results:
-        for name, timing in result["engines"].items():
-            ratio = result["ratio"].get(name)
-            gain = (
-                f"{ratio['median']:.2f}x ({ratio['low']:.2f} - {ratio['high']:.2f})"
-                if ratio
-                else ""
-            )
-            spread = f"{timing['p10_ms']:.2f} - {timing['p90_ms']:.2f}"
-            table.add_row(result["case"], name, f"{timing['median_ms']:.2f}", spread, gain)
-    return table

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from topiarist.compiler.bundle import write_bundle
-from topiarist.compiler.compiled import CompiledModel, LayerChoice, TensorSignature
+from topiarist.compiler.compiled import CompiledModel, LayerChoice, LayerLimits, TensorSignature
 from topiarist.targets import registry
 
 SCALE_SOURCE = """
@@ -85,7 +85,9 @@ def tiny_model() -> CompiledModel:
                 flops_nonzero=32,
                 run_us=1.5,
                 reason="the only one",
-                candidates=(("hand_made", 1.5),),
+                candidates=(("hand_made 4", 1.5), ("other_kernel", 3.25)),
+                limits=LayerLimits(0, 0.5, 0.0, "compute", 0.3333),
+                explanation=("It is the only one.",),
             ),
         ),
     )

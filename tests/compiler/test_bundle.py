@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from topiarist.compiler import bundle as bundles
-from topiarist.compiler.bundle import check_writable, open_manifest, read_manifest, write_bundle
+from topiarist.compiler.bundle import OpenBundle, check_writable, read_manifest, write_bundle
 from topiarist.compiler.compiled import CompiledModel
 from topiarist.errors import BuildError, BundleError, ModelError, OutputError
 from topiarist.targets import registry
@@ -42,11 +42,14 @@ def failing(model: CompiledModel, error: BaseException) -> CompiledModel:
 
 def test_round_trip(tiny_model: CompiledModel, tiny_bundle: Path, tiny_onnx: Path) -> None:
     assert names(tiny_bundle) == ["lib.so", "manifest.json", "weights.bin"]
-    manifest = open_manifest(tiny_bundle)
+    manifest = OpenBundle(tiny_bundle).checked()
     assert (manifest.inputs, manifest.outputs) == (tiny_model.inputs, tiny_model.outputs)
     assert (manifest.target, manifest.threads) == (tiny_model.target, 1)
     assert manifest.layers[0].config == {"tile": 4, "order": [1, 2]}
-    assert manifest.layers[0].candidates == (("hand_made", 1.5),)
+    assert manifest.layers == tuple(
+        dataclasses.replace(layer, config={"tile": 4, "order": [1, 2]})
+        for layer in tiny_model.layers
+    )
     assert manifest.source is not None
     assert (manifest.source.name, manifest.source.path) == ("tiny.onnx", str(tiny_onnx))
     assert manifest.source.sha256 == bundles.hash_file(tiny_onnx)
@@ -69,7 +72,7 @@ def test_weights_are_aligned(tiny_model: CompiledModel, tmp_path: Path) -> None:
 def test_replaces_a_bundle(tiny_model: CompiledModel, tiny_bundle: Path) -> None:
     before = names(tiny_bundle.parent)
     write_bundle(dataclasses.replace(tiny_model, threads=2), tiny_bundle)
-    assert open_manifest(tiny_bundle).threads == 2
+    assert OpenBundle(tiny_bundle).checked().threads == 2
     assert names(tiny_bundle.parent) == before
 
 
@@ -81,7 +84,7 @@ def test_a_failure_leaves_the_old_bundle(
     with pytest.raises((OutputError, KeyboardInterrupt)):
         write_bundle(failing(tiny_model, error), tiny_bundle)
     assert names(tiny_bundle.parent) == before
-    open_manifest(tiny_bundle)
+    OpenBundle(tiny_bundle).checked()
 
 
 def test_a_failure_leaves_nothing(tiny_model: CompiledModel, tmp_path: Path) -> None:
@@ -104,7 +107,7 @@ def test_a_failed_rename_brings_the_old_bundle_back(
     monkeypatch.setattr(Path, "rename", refuse_new)
     with pytest.raises(OutputError, match="Permission denied"):
         write_bundle(tiny_model, tiny_bundle)
-    open_manifest(tiny_bundle)
+    OpenBundle(tiny_bundle).checked()
     assert not [n for n in names(tiny_bundle.parent) if n.startswith(".")]
 
 
@@ -160,16 +163,16 @@ def test_a_bundle_with_more_in_it_is_not_replaced(
 
 def test_absent_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="doesn't exist"):
-        open_manifest(tmp_path / "m.topi")
+        OpenBundle(tmp_path / "m.topi").checked()
     with pytest.raises(BundleError, match=r"manifest\.json can't be read"):
-        open_manifest(tmp_path)
+        OpenBundle(tmp_path).checked()
 
 
 @pytest.mark.parametrize("name", ["lib.so", "weights.bin"])
 def test_missing_file(tiny_bundle: Path, name: str) -> None:
     (tiny_bundle / name).unlink()
     with pytest.raises(BundleError, match=f"{name} can't be read.*compile the model again"):
-        open_manifest(tiny_bundle)
+        OpenBundle(tiny_bundle).checked()
 
 
 @pytest.mark.parametrize("name", ["lib.so", "weights.bin"])
@@ -178,24 +181,24 @@ def test_altered_file(tiny_bundle: Path, name: str) -> None:
     data[17] ^= 1
     (tiny_bundle / name).write_bytes(data)
     with pytest.raises(BundleError, match=f"{name} was altered"):
-        open_manifest(tiny_bundle)
+        OpenBundle(tiny_bundle).checked()
     (tiny_bundle / name).write_bytes(data[:-1])
     with pytest.raises(BundleError, match="bytes"):
-        open_manifest(tiny_bundle)
+        OpenBundle(tiny_bundle).checked()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\x00", '{"format": "other"}', "[" * 100_000])
 def test_manifest_that_is_none(tiny_bundle: Path, text: str) -> None:
     (tiny_bundle / "manifest.json").write_text(text)
     with pytest.raises(BundleError, match=r"manifest\.json"):
-        open_manifest(tiny_bundle)
+        OpenBundle(tiny_bundle).checked()
 
 
 def test_altered_manifest(tiny_bundle: Path) -> None:
     path = tiny_bundle / "manifest.json"
     path.write_text(path.read_text().replace('"threads": 1', '"threads": 9'))
     with pytest.raises(BundleError, match="altered"):
-        open_manifest(tiny_bundle)
+        OpenBundle(tiny_bundle).checked()
 
 
 @pytest.mark.parametrize(
@@ -214,18 +217,18 @@ def test_manifest_of_another_kind(
 ) -> None:
     edit_manifest(tiny_bundle, **changes)
     with pytest.raises(BundleError, match=message):
-        open_manifest(tiny_bundle)
+        OpenBundle(tiny_bundle).checked()
 
 
 def test_a_post_release_of_tvm_fits(tiny_bundle: Path, edit_manifest: Edit) -> None:
     versions = json.loads((tiny_bundle / "manifest.json").read_text())["versions"]
     release = ".".join(versions["apache-tvm"].split(".")[:3])
     edit_manifest(tiny_bundle, versions={**versions, "apache-tvm": f"{release}.post99"})
-    open_manifest(tiny_bundle)
+    OpenBundle(tiny_bundle).checked()
 
 
 def test_a_cpu_without_the_instructions(tiny_bundle: Path, edit_manifest: Edit) -> None:
     target = {**registry.get("x86-avx2").to_json(), "required_features": ["avx1024"]}
     edit_manifest(tiny_bundle, target=target)
     with pytest.raises(BundleError, match=r"lacks avx1024.*--target host"):
-        open_manifest(tiny_bundle)
+        OpenBundle(tiny_bundle).checked()

@@ -107,8 +107,23 @@ def test_inspect(conv_model: Path) -> None:
     assert any("density 1.00 is above" in refusal for refusal in first["refusals"])
     assert 0 < first["best_us"] <= first["dense_us"]
     assert document["total"]["estimated_best_us"] > 0 and document["problem"] is None
+    assert first["explanation"][0].startswith("direct_dense takes ")
     text = call("inspect", conv_model).stdout
     assert "at most 1.00x" in text and "an estimate for host" in text
+    assert "conv0: direct_dense takes " in text
+
+
+def test_inspect_bundle(tiny_bundle: Path) -> None:
+    document = call_json("inspect", tiny_bundle)
+    (layer,) = document["layers"]
+    assert layer["limits"] == {
+        "far_bytes": 0, "compute_us": 0.5, "memory_us": 0.0, "bound": "compute", "share": 0.3333
+    }  # fmt: skip
+    assert document["total"]["run_us"] == 1.5 and document["threads"] == 1
+    text = call("inspect", tiny_bundle).stdout
+    assert "33.3 %" in text and "other_kernel 3 us" in text
+    assert "scale: It is the only one." in text
+    assert_error(call("inspect", tiny_bundle, "--target", "host"), "is a bundle", "--target")
 
 
 def test_prune(conv_model: Path, tmp_path: Path) -> None:

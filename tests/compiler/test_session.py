@@ -169,3 +169,24 @@ def test_runs_without_tvm_and_without_a_word(tiny_bundle: Path) -> None:
         check=False,
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_a_session_refuses_altered_weights(tiny_bundle: Path) -> None:
+    data = bytearray((tiny_bundle / "weights.bin").read_bytes())
+    data[17] ^= 1
+    (tiny_bundle / "weights.bin").write_bytes(data)
+    with pytest.raises(BundleError, match=r"weights\.bin was altered"):
+        Session(tiny_bundle)
+
+
+def test_torch_is_not_imported(tmp_path: Path) -> None:
+    """Not by us, although tvm_ffi would; and it can be imported afterwards."""
+    (tmp_path / "torch.py").write_text("print('torch is imported')")
+    program = (
+        "import sys; from topiarist.compiler import runtime; runtime.load(); "
+        "print('torch' in sys.modules); import torch"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["False", "torch is imported"]

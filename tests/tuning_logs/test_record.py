@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from topiarist.errors import TuningLogError
+from topiarist.errors import NewerLogError, TuningLogError
 from topiarist.schedules.cpu.direct import DirectConfig
 from topiarist.schedules.kernel import ConvViews
 from topiarist.schedules.kernels import conv_kernel
@@ -41,7 +41,7 @@ def test_a_line_gives_the_record_back(record):
 
 def test_the_line_is_readable(record):
     values = json.loads(record(3).to_line())
-    assert values["schema"] == 1
+    assert values["schema"] == 2
     assert values["workload"]["kernel"] == [3, 3]
     assert values["config"]["cols"] == 3
     assert values["target"]["device_model"] == "Some CPU @ 2.10GHz"
@@ -82,10 +82,11 @@ def test_the_outcome_changes_the_id_only(record):
         record(timestamp="2026-01-31T12:00:01Z"),
         record(measured="in network"),
         record(status="wrong_result", message="off by 2"),
+        record(drift=1.5),
         record(versions={**VERSIONS, "topiarist": "0.2.0"}),
     ]
     assert {other.measurement_key for other in others} == {first.measurement_key}
-    assert len({first.id, *(other.id for other in others)}) == 6
+    assert len({first.id, *(other.id for other in others)}) == 7
 
 
 def test_keys_are_those_of_logs_already_written(record):
@@ -93,7 +94,7 @@ def test_keys_are_those_of_logs_already_written(record):
     assert (made.input.workload_key, made.measurement_key, made.id) == (
         "b0e39564251d9606",
         "e3abad117aebc6b9",
-        "590dee4119fd56a7",
+        "217457ba27b41dd7",
     )
 
 
@@ -185,6 +186,10 @@ def test_now_is_a_timestamp(record):
         ("timestamp", "2026-02-31T12:00:00Z"),
         ("timestamp", "2026-01-31T12:00:00+01:00"),
         ("timestamp", 5),
+        ("drift", 0.9),
+        ("drift", float("nan")),
+        ("drift", "1.0"),
+        ("drift", True),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(record, field, value):
@@ -280,6 +285,22 @@ def test_an_altered_workload_no_longer_has_its_key(record):
 
 
 def test_a_newer_schema_asks_for_an_upgrade(record):
-    line = record().to_line().replace('"schema":1', '"schema":2,"more":[]')
-    with pytest.raises(TuningLogError, match=r"schema 2 is newer .* upgrade topiarist"):
+    line = record().to_line().replace('"schema":2', '"schema":3,"more":[]')
+    with pytest.raises(NewerLogError, match=r"schema 3 is newer .* upgrade topiarist"):
         TuningRecord.from_line(line)
+
+
+def test_a_line_of_schema_1_says_nothing_of_drift(record):
+    line = record().to_line().replace('"drift":null,', "").replace('"schema":2', '"schema":1')
+    assert TuningRecord.from_line(line) == record()
+    with pytest.raises(TuningLogError, match="unknown field 'drift'"):
+        TuningRecord.from_line(record().to_line().replace('"schema":2', '"schema":1'))
+    with pytest.raises(TuningLogError, match="lacks drift"):
+        TuningRecord.from_line(record().to_line().replace('"drift":null,', ""))
+
+
+def test_drift_tells_a_disturbed_measurement(record):
+    assert not record().disturbed
+    assert not record(drift=1).disturbed
+    assert record(drift=1.5).disturbed
+    assert TuningRecord.from_line(record(drift=1.5).to_line()) == record(drift=1.5)

@@ -1,0 +1,217 @@
+"""What the tuning logs know of a network's layers, and under what they are recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from topiarist.compiler.graph import Conv, Graph, Linear
+from topiarist.compiler.layouts import LayoutPlan
+from topiarist.compiler.runtime import versions
+from topiarist.schedules.cpu.linear import LinearShape
+from topiarist.schedules.kernel import ConvKernel, ConvSite, ConvViews, KernelConfig
+from topiarist.schedules.kernels import CONV_KERNELS
+from topiarist.schedules.layout import View
+from topiarist.targets import registry
+from topiarist.targets.detect import detect
+from topiarist.targets.spec import TargetSpec
+from topiarist.tuning_logs.index import Level, Site
+from topiarist.tuning_logs.record import (
+    Measured,
+    MeasureInput,
+    TargetKey,
+    TuningRecord,
+)
+from topiarist.tuning_logs.sources import TuningLogs
+from topiarist.tuning_logs.store import Usable
+
+PLAIN = "plain"
+NETWORK = "network"
+UNIT_VERSION = 1  # of the kernels outside `CONV_KERNELS`: raised when old times no longer hold
+
+
+@dataclass(frozen=True)
+class Device:
+    """Whose times count: the key of records, and how far from it a record may be."""
+
+    target: TargetSpec
+    key: TargetKey
+    versions: Mapping[str, str]
+    loosest: Level
+
+    @staticmethod
+    def here(target: TargetSpec, threads: int) -> Device:
+        """This machine, whatever profile the code is built for."""
+        model = detect().device_model
+        return Device(
+            target, TargetKey.of(replace(target, device_model=model), threads), versions(), "near"
+        )
+
+    @staticmethod
+    def named(target: TargetSpec, threads: int) -> Device:
+        """The target as it is named: a profile stands for any device with its instructions."""
+        loosest: Level = "near" if target.name == registry.HOST else "other device"
+        return Device(target, TargetKey.of(target, threads), versions(), loosest)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A candidate that a log has a time of."""
+
+    kernel: ConvKernel[Any]
+    config: KernelConfig
+    record: TuningRecord
+
+
+def strip(views: ConvViews) -> ConvViews:
+    """The views as far as speed depends on them: which channels of a buffer does not matter."""
+
+    def first(view: View | None) -> View | None:
+        return None if view is None else replace(view, first=0)
+
+    x, y = first(views.x), first(views.y)
+    assert x is not None and y is not None
+    return ConvViews(x, y, first(views.residual), views.in_place)
+
+
+class Recorded:
+    """The logs as seen by one device."""
+
+    def __init__(self, logs: TuningLogs, device: Device, *, adds: bool = False) -> None:
+        self.logs = logs
+        self.device = device
+        self.adds = adds
+
+    def add(self, what: MeasureInput, seconds: tuple[float, ...]) -> None:
+        """Append what was measured alone, if this was asked for."""
+        if self.adds:
+            self.logs.append([TuningRecord(what, seconds)])
+
+    def add_networks(self, found: Iterable[tuple[MeasureInput, tuple[float, ...]]]) -> None:
+        """Append what was measured in a network, if this was asked for."""
+        if self.adds:
+            self.logs.append(TuningRecord(what, s, "in network") for what, s in found)
+
+    def what_conv(
+        self, site: ConvSite, kernel: ConvKernel[Any], config: KernelConfig
+    ) -> MeasureInput:
+        """A convolution's candidate as records name it."""
+        return MeasureInput.of_conv(
+            site.workload, kernel, config, site.views, self.device.key, self.device.versions
+        )
+
+    def convs(self, site: ConvSite, measured: Measured) -> list[Known]:
+        """The candidates with a time for a layer in its place, fastest first."""
+        place = Site.of_conv(site.workload, site.views, self.device.key, self.device.versions)
+        candidates = _Candidates(site)
+        found = self._best(place, measured, lambda record: candidates.of(record) is not None)
+        known = ((candidates.of(record), record) for record in found)
+        return [Known(*candidate, record) for candidate, record in known if candidate is not None]
+
+    def what_linear(self, node: Linear, shape: LinearShape, kernel: str) -> MeasureInput:
+        """A fully connected layer's candidate as records name it."""
+        return self._unit(_linear_workload(node, shape), kernel, {})
+
+    def linears(self, node: Linear, shape: LinearShape, measured: Measured) -> list[TuningRecord]:
+        """The kernels' times for a fully connected layer, fastest first."""
+        tvm = self.device.versions["apache-tvm"]
+        workload = _linear_workload(node, shape)
+        place = Site(workload, (PLAIN, PLAIN, "none"), self.device.key, tvm)
+        return self._best(place, measured, lambda r: r.input.kernel_version == UNIT_VERSION)
+
+    def what_network(self, graph: Graph, layouts: LayoutPlan) -> MeasureInput:
+        """A whole network in its layouts as records name it."""
+        views = [
+            str(place.view)
+            for node in graph.nodes
+            for place in (*layouts.reads[node.name], layouts.places[node.output])
+        ]
+        return self._unit(_network_workload(graph), NETWORK, {"layouts": _digest(views)})
+
+    def network_us(self, graph: Graph, layouts: LayoutPlan) -> float | None:
+        """What the network took in these layouts with the best kernels, None if nobody looked."""
+        match = self.logs.find(
+            self.what_network(graph, layouts),
+            "in network",
+            loosest=self.device.loosest,
+            usable=self._usable,
+        )
+        return None if match is None else match.record.run_us
+
+    def _unit(
+        self, workload: Mapping[str, Any], kernel: str, config: Mapping[str, Any]
+    ) -> MeasureInput:
+        key, package_versions = self.device.key, self.device.versions
+        return MeasureInput(
+            *(workload, kernel, UNIT_VERSION, config, PLAIN, PLAIN, "none", key, package_versions)
+        )
+
+    def _best(self, site: Site, measured: Measured, usable: Usable) -> list[TuningRecord]:
+        matches = self.logs.best(
+            site,
+            measured,
+            loosest=self.device.loosest,
+            usable=lambda record: self._usable(record) and usable(record),
+        )
+        return [match.record for match in matches]
+
+    def _usable(self, record: TuningRecord) -> bool:
+        """Another TVM generates other code."""
+        tvm = "apache-tvm"
+        return record.status == "ok" and record.input.versions[tvm] == self.device.versions[tvm]
+
+
+class _Candidates:
+    """What this version of topiarist would try for a layer in its place."""
+
+    def __init__(self, site: ConvSite) -> None:
+        self.site = site
+        self._configs: dict[str, list[KernelConfig]] = {}
+
+    def of(self, record: TuningRecord) -> tuple[ConvKernel[Any], KernelConfig] | None:
+        """The kernel and the knobs of a record, None if they would not be tried."""
+        what = record.input
+        for kernel in CONV_KERNELS:
+            if (kernel.name, kernel.version) == (what.kernel, what.kernel_version):
+                for config in self._fitting(kernel):
+                    if asdict(config) == what.config:
+                        return kernel, config
+        return None
+
+    def _fitting(self, kernel: ConvKernel[Any]) -> list[KernelConfig]:
+        if kernel.name not in self._configs:
+            refused = kernel.refuses(self.site.workload, self.site.target) is not None
+            knobs = [] if refused else kernel.knobs(self.site)
+            self._configs[kernel.name] = [c for c in knobs if kernel.fits(self.site, c)]
+        return self._configs[kernel.name]
+
+
+def _linear_workload(node: Linear, shape: LinearShape) -> dict[str, Any]:
+    density = float(np.count_nonzero(node.weight)) / max(node.weight.size, 1)
+    return {"kind": "linear", **asdict(shape), "sparsity": _sparsity(density)}
+
+
+def _network_workload(graph: Graph) -> dict[str, Any]:
+    """Its layers' kinds and shapes as a hash, and the density of all weights together."""
+    layers = [
+        [type(node).__name__, *(graph.values[name].shape for name in (*node.inputs, node.output))]
+        for node in graph.nodes
+    ]
+    weights = [node.weight for node in graph.nodes if isinstance(node, Conv | Linear)]
+    size = sum(weight.size for weight in weights)
+    density = sum(int(np.count_nonzero(weight)) for weight in weights) / max(size, 1)
+    return {"kind": NETWORK, "layers": _digest(layers), "sparsity": _sparsity(density)}
+
+
+def _sparsity(density: float) -> dict[str, Any]:
+    """As convolutions have it, so that records of about the same density are found."""
+    return {"density": round(density, 3), "pattern": "any", "row_quantiles": [0, 0, 0]}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
