@@ -28,8 +28,8 @@ test: $(READY)
 
 bench: $(READY)
 	@mkdir -p build/benchmarks
-	@set -e; for script in tests/benchmarks/bench_*.py; do \
-		$(BIN)/python $$script --json build/benchmarks/$$(basename $$script .py).json; done
+	@set -e; for name in $$(basename -s .py tests/benchmarks/bench_*.py); do \
+		$(BIN)/python -m tests.benchmarks.$$name --json build/benchmarks/$$name.json; done
 
 clean:
 	rm -rf .venv build dist demo .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -7,6 +7,7 @@ inside the network.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Hashable
@@ -184,9 +185,31 @@ class Chooser:
         self._moves: dict[Any, float] = {}
 
     def plans(self) -> list[Plan]:
-        """A plan for each of the cheapest lattice assignments, the best first."""
+        """A plan for each of the cheapest lattice assignments, the best first.
+
+        Where earlier trials have settled whole plans, the others are not measured any more.
+        """
         count = 1 if self.mode == "estimate" else ASSIGNMENTS
-        all_layouts = layout_plans(self.graph, self.target.lanes, count)
+        layouts = layout_plans(self.graph, self.target.lanes, count)
+        plans: list[Plan] = []
+        if self.mode == "measure" and self.recorded is not None and not self.dense:
+            plans = [plan for plan in self._as_strict()._complete(layouts)[0] if plan.settled]
+        if not plans:
+            plans, missing = self._complete(layouts)
+            if not plans:
+                raise self._not_found(min(missing, key=len))
+        if self.recorded is not None and all(plan.settled for plan in plans):
+            plans = self._as_networks(plans, self.recorded)
+        return sorted(plans, key=lambda plan: plan.total_us)
+
+    def _as_strict(self) -> Chooser:
+        """This one, taking everything from the logs."""
+        other = copy.copy(self)
+        other.mode, other.timer, other._convs = "strict", None, {}
+        return other
+
+    def _complete(self, all_layouts: list[LayoutPlan]) -> tuple[list[Plan], list[list[str]]]:
+        """The plans whose layers all have a time, and the layers that have none in the others."""
         convs = [node for node in self.graph.nodes if isinstance(node, Conv)]
         steps = max(1, len(all_layouts) * len(convs))
         linears = self._linears()
@@ -198,16 +221,13 @@ class Chooser:
                 self.progress("time kernels", i * len(convs) + j, steps)
                 found[node.name] = self._conv(node, conv_views(node, layouts))
             choices = {name: choice for name, choice in found.items() if choice is not None}
-            missing.append([name for name in found if name not in choices])
-            if not missing[-1]:
-                total = self._moves_us(layouts) + sum(c.chosen.run_us for c in choices.values())
-                plans.append(Plan(layouts, self.workloads, choices, total))
+            if len(choices) == len(found):
+                plan = Plan(layouts, self.workloads, choices, 0.0)
+                plans.append(replace(plan, total_us=self._total_us(plan)))
+            else:
+                missing.append([name for name in found if name not in choices])
         self.progress("time kernels", steps, steps)
-        if not plans:
-            raise self._not_found(min(missing, key=len))
-        if self.recorded is not None and all(plan.settled for plan in plans):
-            plans = self._as_networks(plans, self.recorded)
-        return sorted(plans, key=lambda plan: plan.total_us)
+        return plans, missing
 
     def _not_found(self, layers: list[str]) -> TopiaristError:
         """The error for layers that the logs have nothing of."""
@@ -334,15 +354,19 @@ class Chooser:
         assert self.timer is not None
         return self.timer.seconds(self.parts.compiled([name])[name], args)
 
-    def _moves_us(self, layouts: LayoutPlan) -> float:
-        return sum(self._move_us(layouts, c.value, c.place) for c in layouts.copies.values())
+    def _total_us(self, plan: Plan) -> float:
+        """The layers' times and those of the moves; for a settled plan, moves by estimate."""
+        us = self._move_us if self.timer is not None and not plan.settled else self._rough_us
+        moves = sum(us(plan.layouts, c.value, c.place) for c in plan.layouts.copies.values())
+        return moves + sum(choice.chosen.run_us for choice in plan.choices.values())
+
+    def _rough_us(self, layouts: LayoutPlan, value: str, to: Place) -> float:
+        return math.prod(self.graph.values[value].shape) / MOVED_VALUES_PER_US
 
     def _move_us(self, layouts: LayoutPlan, value: str, to: Place) -> float:
         source = layouts.places[value].view
         batch = self.graph.values[value].shape[0]
         key = (source, to.view)
-        if self.timer is None:
-            return math.prod(self.graph.values[value].shape) / MOVED_VALUES_PER_US
         if key not in self._moves:
             name, tables = move(self.parts, source, to.view, batch)
             args = [_any_ref("x", source, batch), *tables, _any_ref("y", to.view, batch)]

@@ -312,9 +312,8 @@ def _is_meant(record: TuningRecord, key: str) -> bool:
 def _current(target: str | None) -> Current:
     from topiarist.schedules.kernels import CONV_KERNELS
     from topiarist.tuning_logs.check import Current
-    from topiarist.tuning_logs.metaschedule import KERNEL
 
-    kernels = {kernel.name: kernel.version for kernel in CONV_KERNELS} | {KERNEL: 1}
+    kernels = {kernel.name: kernel.version for kernel in CONV_KERNELS}
     prefix = ""
     if target is not None:
         spec = registry.get(target)

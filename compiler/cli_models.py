@@ -268,6 +268,8 @@ def compile_(
             progress=progress,
         )
     report = _compile_report(compiled, output, time.perf_counter() - start)
+    for line in compiled.skipped:
+        complain(f"skipped {line}")
     if as_json:
         print_json(report)
     else:
@@ -284,6 +286,7 @@ def _compile_report(compiled: CompiledModel, output: Path, seconds: float) -> di
         **{key: manifest[key] for key in keys},
         "bytes": sum(file.stat().st_size for file in output.iterdir()),
         "seconds": round(seconds, 3),
+        "skipped": list(compiled.skipped),
     }
 
 

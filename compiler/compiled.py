@@ -68,6 +68,7 @@ class CompiledModel:
     `executable` is a TVM executable (`export_library(path)`) with one VM function
     `main(input_0, ..., params) -> Tensor | Array[Tensor]`; `params` is an Array of the flat
     tensors in `params`, in that order. Data pointers of inputs and params are 64-byte aligned.
+    `skipped` names lines of tuning logs that could not be read.
     """
 
     executable: Any
@@ -78,3 +79,4 @@ class CompiledModel:
     threads: int
     layers: tuple[LayerChoice, ...] = field(default=())
     created: str = ""  # UTC, ISO 8601
+    skipped: tuple[str, ...] = ()

@@ -40,15 +40,16 @@ class KernelTime:
 class LayerFacts:
     """What is known of a layer in its place.
 
-    `run_us` is the chosen kernel's time inside the network; `times` holds the best of each kernel
-    alone, fastest first. `measured` tells times from estimates. `visit_nonzeros` is the mean
-    number of nonzeros that a kernel finds each time it turns to an output channel. `lanes_used`
-    is the share of vector lanes that hold a pixel.
+    `run_us` is the chosen kernel's time; `times` holds the best of each kernel, fastest first:
+    timed `alone`, or only finalists in networks. `measured` tells times from estimates.
+    `visit_nonzeros` is the mean number of nonzeros that a kernel finds each time it turns to an
+    output channel. `lanes_used` is the share of vector lanes that hold a pixel.
     """
 
     kernel: str
     run_us: float
     measured: bool
+    alone: bool
     times: tuple[KernelTime, ...]
     refusals: tuple[str, ...]
     density: float
@@ -96,14 +97,15 @@ def explain(facts: LayerFacts, limits: LayerLimits | None) -> tuple[str, ...]:
 
 
 def _choice(facts: LayerFacts) -> str:
-    where = "in the network" if facts.measured else "by estimate"
+    how = "" if facts.measured else " by estimate"
+    takes = f"{facts.kernel} takes {_us(facts.run_us)}{how}"
     others = [t for t in facts.times if t.kernel != facts.kernel]
     if not others:
-        return f"{facts.kernel} takes {_us(facts.run_us)} {where}; no other kernel was a candidate."
-    alone = "Timed alone" if facts.measured else "By estimate"
+        return f"{takes}; no other kernel was a {'candidate' if facts.alone else 'finalist'}."
     own = [t for t in facts.times if t.kernel == facts.kernel]
     listed = ", ".join(f"{t.kernel} {_us(t.us)}" for t in (*own, *others))
-    return f"{facts.kernel} takes {_us(facts.run_us)} {where}. {alone}: {listed}."
+    where = "timed alone" if facts.alone else "finalists in the network"
+    return f"{takes}; {where if facts.measured else 'the contest'}: {listed}."
 
 
 def _share(facts: LayerFacts, limits: LayerLimits) -> str:

@@ -68,6 +68,7 @@ def layer_facts(node: Conv | Linear, choice: Choice, plan: Plan) -> LayerFacts:
         kernel=choice.chosen.kernel,
         run_us=choice.chosen.run_us,
         measured=choice.chosen.measured,
+        alone=not choice.settled,
         times=tuple(times),
         refusals=choice.refusals,
         density=nonzero / node.weight.size,

@@ -100,6 +100,7 @@ def compile_model(
         threads=threads,
         layers=tuple(layer_choices(graph, plan, program, spec, threads)),
         created=_last_recorded(plan) if strict else now(),
+        skipped=tuple(map(str, recorded.logs.defects)) if recorded else (),
     )
     if dump_dir is not None:
         dump(dump_dir, module, graph, plan, program, memory, lowered)

@@ -37,7 +37,7 @@ from topiarist.tuning_logs.record import MeasureInput, typical_us
 
 FINALISTS = 4
 WITHIN = 1.4  # slower ones alone are not tried in the network
-ROUNDS = 9
+ROUNDS = 25
 BUDGET_S = 4.0  # of one comparison; slow networks get fewer rounds
 LEAST_ROUNDS = 3
 

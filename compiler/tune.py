@@ -62,7 +62,7 @@ AGREE = 1.15  # two measurements of one thing that differ by more contradict eac
 HOPELESS_LAYOUTS = 1.15  # times the best layouts' time: not searched any further
 PATIENCE = 3  # batches without a gain after which a layer is left
 GAIN = 1.01
-LEAST_MEASURED = 16  # candidates before a layer is left
+LEAST_MEASURED = 32  # candidates before a layer is left
 TRIAL_SHARE = 0.15  # of the budget is left for the trial in the network
 TRIAL_LIMIT_S = 60.0  # at most
 
@@ -341,7 +341,7 @@ class Tuner:
             return None
         median = float(np.median(reference))
         self._references.append(median)
-        return max(median / (typical_us(self._references) * 1e-6), 1.0)
+        return round(max(median / (typical_us(self._references) * 1e-6), 1.0), 3)
 
     def _next(self) -> Task | None:
         """The task where the most is to be gained, None if all are done."""

@@ -35,6 +35,7 @@ ROUNDS = 7
 SLICE_S = 0.0015  # least time of one repeat
 FAR_BEHIND = 3.0  # times the batch's fastest; such a candidate is repeated only
 FEW_ROUNDS = 3  # times
+DIGITS = 10  # of seconds: a tenth of a nanosecond
 POLL_S = 0.2
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 
@@ -344,4 +345,4 @@ def _seconds(built: _Built, number: int) -> float:
     start = time.perf_counter()
     for _ in range(number):
         built.function(*next(built.arguments))
-    return (time.perf_counter() - start) / number
+    return round((time.perf_counter() - start) / number, DIGITS)

@@ -12,7 +12,8 @@ class TargetSpec:
 
     `lanes` is the number of fp32 values in a vector register, `registers` the number of vector
     registers. Cache sizes are in bytes, per core (L3: what one core can use). `peak_gflops` is
-    the fp32 FMA peak of one core and `bandwidth_gbs` its memory bandwidth, where known.
+    the fp32 FMA peak of one core and `bandwidth_gbs` what it reads in order from beyond its
+    second-level cache, where known.
     """
 
     name: str

@@ -6,13 +6,14 @@ what they took; the same seed and the same answers give the same proposals.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from topiarist.tuning_logs.features import Features, table
 
 StrategyName = Literal["model", "random", "evolution"]
 STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)
+T = TypeVar("T")
 FLOOR_US = 1e-3  # below it nothing was measured
 
 RANDOM_SHARE = 0.125  # of a model's proposals, against its blind spots
@@ -36,8 +38,10 @@ TREES = {
 }
 ROUNDS = 80
 
-MUTATION = 0.7  # of an evolution's proposals; the others mix two parents
-PARENTS = 6
+NEWCOMERS = 0.25  # of an evolution's proposals
+CHANGED_KERNEL, MUTATION = 0.15, 0.6  # of its children; the others mix two parents
+PARENTS = 4
+TRIES = 20  # for one child that is new
 
 
 @dataclass(frozen=True)
@@ -95,48 +99,58 @@ class RandomSearch(Strategy):
 
 
 class Evolution(Strategy):
-    """Changes one knob of a good candidate, or mixes the knobs of two; no model, no estimate."""
+    """Changes one knob of a good candidate, or mixes two; no model, no estimate.
+
+    Some newcomers are drawn at random, and a candidate may change its kernel too.
+    """
 
     def __init__(self, options: Sequence[Option], seed: int) -> None:
         super().__init__(options, seed)
-        self._genes = [_gene(option) for option in options]
-        self._at = {gene: index for index, gene in enumerate(self._genes)}
+        self._at = {_gene(option.kernel, option.config): i for i, option in enumerate(options)}
+        self._of_kernel: dict[str, list[int]] = defaultdict(list)
         self._values: dict[tuple[str, str], list[Any]] = defaultdict(list)
-        for option in options:
+        for index, option in enumerate(options):
+            self._of_kernel[option.kernel].append(index)
             for name, value in option.config.items():
                 known = self._values[option.kernel, name]
                 if value not in known:
-                    known.append(value)
+                    bisect.insort(known, value, key=lambda v: (isinstance(v, str), v))
 
     def _propose(self, count: int) -> list[int]:
-        parents = sorted(
-            (index for index, us in self.taken.items() if math.isfinite(us)),
-            key=lambda index: (self.taken[index], index),
-        )[:PARENTS]
+        alive = [index for index, us in self.taken.items() if math.isfinite(us)]
+        parents = sorted(alive, key=lambda index: (self.taken[index], index))[:PARENTS]
+        newcomers = int(self.random.binomial(count, NEWCOMERS)) if parents else count
         found: list[int] = []
-        for _ in range(20 * count if parents else 0):
-            if len(found) == count:
+        for _ in range(TRIES * count):
+            if len(found) >= count - newcomers:
                 break
-            child = self._at.get(self._child(parents))
-            if child is not None and child in self._left and child not in found:
+            child = self._child(parents)
+            if child in self._left and child not in found:
                 found.append(child)
         return found + self._some(count - len(found), found)
 
-    def _child(self, parents: list[int]) -> Any:
-        one = self.options[parents[int(self.random.integers(len(parents)))]]
+    def _child(self, parents: list[int]) -> int | None:
+        one = self.options[self._any(parents)]
+        kind = self.random.random()
+        if kind < CHANGED_KERNEL:
+            return self._any(self._of_kernel[self._any(list(self._of_kernel))])
         knobs = dict(one.config)
-        if self.random.random() < MUTATION:
-            name = sorted(knobs)[int(self.random.integers(len(knobs)))] if knobs else None
-            if name is not None:
-                values = self._values[one.kernel, name]
-                knobs[name] = values[int(self.random.integers(len(values)))]
+        if kind < CHANGED_KERNEL + MUTATION:
+            name = self._any(sorted(knobs))
+            knobs[name] = self._near(knobs[name], self._values[one.kernel, name])
         else:
-            other = self.options[parents[int(self.random.integers(len(parents)))]]
-            if other.kernel == one.kernel:
-                for name in sorted(knobs):
-                    if self.random.random() < 0.5:
-                        knobs[name] = other.config[name]
-        return _gene(Option(one.kernel, knobs, {}, 0.0))
+            other = self.options[self._any(parents)]
+            for name in sorted(knobs) if other.kernel == one.kernel else ():
+                knobs[name] = self._any([knobs[name], other.config[name]])
+        return self._at.get(_gene(one.kernel, knobs))
+
+    def _near(self, value: Any, values: list[Any]) -> Any:
+        """Another value, one or a few steps away in the order of the values."""
+        step = int(self.random.geometric(0.5)) * self._any((-1, 1))
+        return values[min(max(values.index(value) + step, 0), len(values) - 1)]
+
+    def _any(self, values: Sequence[T]) -> T:
+        return values[int(self.random.integers(len(values)))]
 
 
 class History:
@@ -243,5 +257,5 @@ def search(
     return found
 
 
-def _gene(option: Option) -> tuple[str, str]:
-    return option.kernel, repr(sorted(option.config.items()))
+def _gene(kernel: str, config: Mapping[str, Any]) -> tuple[str, str]:
+    return kernel, repr(sorted(config.items()))

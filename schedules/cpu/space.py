@@ -109,12 +109,12 @@ class Estimator:
         near = self.target.l1d_bytes * FAR_FROM_L1
         share = (config.in_block * self.tile_bytes(tile) / near) ** 3
         load = vectors * (1 + L2_LOAD_CYCLES * share / (1 + share))
-        step = NONZERO_CYCLES + max(load, vectors * config.out_block * FMA_CYCLES)
+        fma = vectors * config.out_block * FMA_CYCLES
         if config.out_block > 1:
             # Its inputs are in registers too, beside a weight; what does not fit, spills.
-            step += max(0, vectors * (config.out_block + 1) + 1 - self.target.registers)
+            fma += max(0, vectors * (config.out_block + 1) + 1 - self.target.registers)
         visit = VISIT_CYCLES * vectors * config.out_block
-        return tiles_all * (nonzeros * step + rows * in_blocks * visit)
+        return tiles_all * (nonzeros * (NONZERO_CYCLES + max(load, fma)) + rows * in_blocks * visit)
 
     def dense_cycles(self, config: DirectConfig) -> float:
         """The dense form."""

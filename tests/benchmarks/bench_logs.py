@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import measure
 from rich.console import Console
 from rich.table import Table
 
+from tests.benchmarks import measure
 from topiarist.schedules.workload import ConvWorkload, SparsitySignature
 from topiarist.tuning_logs.index import Site
 from topiarist.tuning_logs.record import PACKAGES, MeasureInput, TargetKey, TuningRecord

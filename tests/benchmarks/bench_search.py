@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from measure import ROOT, setting
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from tests.benchmarks.measure import ROOT, setting
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
 from topiarist.compiler.light_models import light_model
@@ -36,9 +36,9 @@ LAYERS = (
     "res2_1_branch2a", "res2_0_branch2b", "res2_0_branch2c", "res3_0_branch2b", "res3_1_branch2a",
     "res3_1_branch2b", "res4_1_branch2a", "res4_1_branch2b", "res4_1_branch2c", "res5_1_branch2b",
 )  # fmt: skip
-SEEDS = 20
+SEEDS = 10
 SHARE = 0.10  # of the space, at which strategies are compared
-SHOWN = 0.5  # of the space, in the picture
+SHOWN = 0.3  # of the space, in the picture
 CURVES: dict[str, StrategyName] = {
     "model, other layers known": "model",
     "model, from nothing": "model",
@@ -55,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--log", type=Path, default=ROOT / "build" / "benchmarks" / "search.jsonl")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of measuring, at most")
+    parser.add_argument("--sweep-only", action="store_true", help="measure and don't replay")
     parser.add_argument("--picture", type=Path, help="write the curves to this PNG")
     parser.add_argument("--json", type=Path, help="write the results here")
     opts = parser.parse_args()
@@ -62,6 +63,8 @@ def main() -> None:
     tasks = ten_layers(opts.log)
     if not sweep(tasks, opts.log, opts.seconds, console):
         console.print("The time is over; run it again to go on.")
+        return
+    if opts.sweep_only:
         return
     curves = {name: replay(tasks, name) for name in LAYERS}
     console.print(summary(tasks, curves))
@@ -205,7 +208,7 @@ def draw(tasks: dict[str, Task], curves: dict[str, dict[str, Curve]], path: Path
         panel.set_ylabel("speed, % of the best known")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower center", ncols=4)
     figure.suptitle(
-        "Best kernel found so far, mean of 20 searches; dotted: a tenth of the space, 95 %"
+        f"Best kernel found so far, mean of {SEEDS} searches; dotted: a tenth of the space, 95 %"
     )
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=110)

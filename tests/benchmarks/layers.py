@@ -99,7 +99,7 @@ class Contest:
         self.graph = _graph_of(shape, weight)
         self.parts = Parts(target, 1)
         self.plan: Plan = Chooser(
-            self.graph, self.parts, dense=False, measure=True, progress=lambda *_: None
+            self.graph, self.parts, dense=False, mode="measure", progress=lambda *_: None
         ).plans()[0]
         self.pool = ThreadPool(1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,14 @@ def scale(a: T.handle, b: T.handle, c: T.handle):
             C[i, j] = A[i, j] * B[i, j]
 """
 WEIGHT = np.linspace(-1, 1, 32, dtype=np.float32).reshape(2, 16)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_logs_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests neither read nor write the logs of whoever runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+        yield
 
 
 def build_executable(outputs: int = 1) -> Any:

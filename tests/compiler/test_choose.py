@@ -5,11 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from topiarist.compiler.choose import Chooser
+from topiarist.compiler.choose import Chooser, Mode
 from topiarist.compiler.graph import Conv, FloatArray, Graph, Value
 from topiarist.compiler.measure import Timer
 from topiarist.compiler.parts import Parts
+from topiarist.compiler.recorded import Device, Recorded
+from topiarist.errors import MissingRecordsError
 from topiarist.targets.detect import detect
+from topiarist.tuning_logs.sources import TuningLogs
 from topiarist.tuning_logs.store import TuningLog
 
 
@@ -35,10 +38,21 @@ def sparse_weight(density: float) -> FloatArray:
     return weight.astype(np.float32)
 
 
-def chooser(graph: Graph, *, dense: bool = False, log: TuningLog | None = None) -> Chooser:
+def chooser(
+    graph: Graph, *, dense: bool = False, log: Path | None = None, mode: Mode = "measure"
+) -> Chooser:
     """A contest on this machine with one thread."""
-    parts = Parts(detect(), 1)
-    return Chooser(graph, parts, dense=dense, measure=True, log=log, progress=lambda *_: None)
+    spec = detect()
+    recorded = None
+    if log is not None:
+        recorded = Recorded(TuningLogs(TuningLog(log)), Device.here(spec, 1), adds=True)
+    return Chooser(
+        *(graph, Parts(spec, 1)),
+        dense=dense,
+        mode=mode,
+        recorded=recorded,
+        progress=lambda *_: None,
+    )
 
 
 def test_dense_candidates_take_part() -> None:
@@ -55,7 +69,7 @@ def test_dense_builds_leave_the_sparse_kernels_out() -> None:
 
 def test_a_log_spares_the_timing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "log.jsonl"
-    first = chooser(one_conv(sparse_weight(0.1)), log=TuningLog(log)).plans()
+    first = chooser(one_conv(sparse_weight(0.1)), log=log).plans()
     assert len(list(TuningLog(log).read())) == sum(
         len(plan.choices["conv"].timed) for plan in first
     )
@@ -64,15 +78,33 @@ def test_a_log_spares_the_timing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return (1.0,)  # moves between layouts are still timed
 
     monkeypatch.setattr(Timer, "seconds", no_timing)
-    second = chooser(one_conv(sparse_weight(0.1)), log=TuningLog(log)).plans()
+    second = chooser(one_conv(sparse_weight(0.1)), log=log).plans()
     # The plans' order may differ: it depends on the moves.
     assert {p.choices["conv"].timed for p in second} == {p.choices["conv"].timed for p in first}
 
 
+def test_about_the_same_density_finds_the_records(tmp_path: Path) -> None:
+    """Within two points; and without any records a strict choice names the layer."""
+    log = tmp_path / "log.jsonl"
+    with pytest.raises(MissingRecordsError, match=r"no record for 1 layer\(s\).*: conv\. Tune"):
+        chooser(one_conv(sparse_weight(0.1)), log=log, mode="strict").plans()
+    first = chooser(one_conv(sparse_weight(0.1)), log=log).plans()
+    near = chooser(one_conv(sparse_weight(0.115)), log=log, mode="strict").plans()
+    assert {p.choices["conv"].chosen for p in near} == {p.choices["conv"].chosen for p in first}
+    assert "in the log, alone" in near[0].choices["conv"].reason
+    with pytest.raises(MissingRecordsError):
+        chooser(one_conv(sparse_weight(0.15)), log=log, mode="strict").plans()
+
+
+def test_a_dense_build_takes_no_sparse_kernel_from_a_log(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    chooser(one_conv(sparse_weight(0.1)), log=log).plans()
+    (plan, *_) = chooser(one_conv(sparse_weight(0.1)), log=log, dense=True, mode="strict").plans()
+    assert "sparse" not in plan.choices["conv"].chosen.kernel
+
+
 def test_alike_layers_share_a_choice_and_estimates_need_no_timer() -> None:
     graph = one_conv(sparse_weight(0.1))
-    parts = Parts(detect(), 1)
-    estimating = Chooser(graph, parts, dense=False, measure=False, progress=lambda *_: None)
-    choice = estimating.plans()[0].choices["conv"]
+    choice = chooser(graph, mode="estimate").plans()[0].choices["conv"]
     assert not choice.chosen.measured
     assert "by estimate" in choice.reason

@@ -10,13 +10,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner, Result
 
 from topiarist.compiler import cli_logs
 from topiarist.compiler.cli import app
 from topiarist.compiler.runtime import versions
+from topiarist.schedules.kernels import conv_kernel
 from topiarist.schedules.workload import ConvWorkload, SparsitySignature
+from topiarist.tuning_logs import sources
 from topiarist.tuning_logs.record import MeasureInput, TargetKey, TuningRecord
 from topiarist.tuning_logs.store import TuningLog
 
@@ -50,7 +55,7 @@ def make_record(number: int = 0, us: float = 100.0, **changes: Any) -> TuningRec
     what = MeasureInput(
         workload=workload.to_json(),
         kernel="direct_sparse",
-        kernel_version=1,
+        kernel_version=conv_kernel("direct_sparse").version,
         config={"cols": number},
         input_layout="plain",
         output_layout="plain",
@@ -207,6 +212,46 @@ def test_export_to_csv(make_log: MakeLog, tmp_path: Path) -> None:
     }
     assert output.read_text() == result.stdout
     assert_error(call("export", log, "-o", tmp_path / "none" / "out.csv"), 2, "can't write")
+
+
+def test_compiling_from_a_log_tells_missing_from_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "SHIPPED", tmp_path / "shipped")
+    model, log, bundle = tmp_path / "m.onnx", tmp_path / "log.jsonl", tmp_path / "m.topi"
+    onnx.save(_one_conv(), model)
+    strict = ("compile", model, "--strict", "--log", log, "-o", bundle)
+
+    def compiling(*arguments: object) -> Result:
+        return CliRunner().invoke(app, [str(a) for a in arguments])
+
+    assert_error(compiling(*strict), 3, "no tuning log")
+    log.write_text(make_record().to_line() + "\n")
+    assert_error(compiling(*strict), 3, "conv0")
+    log.write_text(make_record().to_line() + "\n<<<<<<< HEAD\n")
+    assert_error(compiling(*strict), 4, "conv0", "line 2")
+    log.write_text("<<<<<<< HEAD\n")
+    assert_error(compiling(*strict), 4, "no tuning log")
+    log.unlink()
+    assert compiling("compile", model, "--log", log, "-o", bundle).exit_code == 0
+    with log.open("a") as file:
+        file.write("<<<<<<< HEAD\n")
+    result = compiling(*strict)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith(f"skipped {log}, line ")
+
+
+def _one_conv() -> onnx.ModelProto:
+    weight = np.random.default_rng(0).standard_normal((8, 8, 3, 3)).astype(np.float32)
+    shape = ["n", 8, 8, 8]
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["x", "w"], ["y"], "conv0", pads=[1, 1, 1, 1])],
+        "one",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
 def test_metaschedule_there_and_back(make_log: MakeLog, tmp_path: Path) -> None:

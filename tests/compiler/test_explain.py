@@ -18,6 +18,7 @@ IDEAL = LayerFacts(
     kernel="direct_sparse",
     run_us=110.0,
     measured=True,
+    alone=True,
     times=(KernelTime("direct_sparse", 100.0), KernelTime("direct_dense", 1000.0)),
     refusals=(),
     density=0.1,
@@ -66,17 +67,16 @@ def test_no_limits_without_a_roofline_or_a_time() -> None:
     assert limits_of(IDEAL, unknown, 1, flops=1, far_bytes=1) is None
     estimate = dataclasses.replace(IDEAL, measured=False)
     assert limits_of(estimate, MACHINE, 1, flops=1, far_bytes=1) is None
-    assert "by estimate. By estimate: direct_sparse 100 us" in " ".join(explain(estimate, None))
+    assert "by estimate; the contest: direct_sparse 100 us" in " ".join(explain(estimate, None))
     assert "roofline" not in " ".join(explain(estimate, None))
 
 
 def test_a_layer_that_gains_enough_is_only_described() -> None:
     """What runs, over what, and how near to the limit."""
     assert text(IDEAL) == (
-        "direct_sparse takes 110 us in the network. Timed alone: direct_sparse 100 us, "
-        "direct_dense 1000 us. 45% of the roofline, bound by arithmetic: multiply-adds on "
-        "nonzeros need 50 us at the machine's peak, and 100 kB from beyond the second-level "
-        "cache 5.0 us."
+        "direct_sparse takes 110 us; timed alone: direct_sparse 100 us, direct_dense 1000 us. "
+        "45% of the roofline, bound by arithmetic: multiply-adds on nonzeros need 50 us at the "
+        "machine's peak, and 100 kB from beyond the second-level cache 5.0 us."
     )
 
 
@@ -84,9 +84,15 @@ def test_a_dense_layer_needs_no_reason() -> None:
     """Nothing was pruned."""
     facts = dataclasses.replace(with_times(IDEAL, "direct_dense", direct_dense=800.0), density=1.0)
     sentences = explain(facts, None)
-    assert sentences == (
-        "direct_dense takes 800 us in the network; no other kernel was a candidate.",
-    )
+    assert sentences == ("direct_dense takes 800 us; no other kernel was a candidate.",)
+
+
+def test_finalists_of_earlier_networks() -> None:
+    """The logs may know nothing else."""
+    facts = dataclasses.replace(IDEAL, alone=False)
+    assert "finalists in the network: direct_sparse 100 us, direct_dense 1000 us." in text(facts)
+    alone = dataclasses.replace(facts, times=IDEAL.times[:1])
+    assert "no other kernel was a finalist." in text(alone)
 
 
 def test_too_many_nonzeros() -> None:

@@ -45,7 +45,7 @@ def check(program: Program, memory: MemoryPlan) -> None:
 def test_light_models(name: str) -> None:
     graph = simplify(extract_layers(import_model(light_model(name))))
     parts = Parts(registry.get("x86-avx512"), 1)
-    chooser = Chooser(graph, parts, dense=True, measure=False, progress=lambda *_: None)
+    chooser = Chooser(graph, parts, dense=True, mode="estimate", progress=lambda *_: None)
     program = lower(graph, chooser.plans()[0], parts)
     memory = plan_memory(program)
     check(program, memory)

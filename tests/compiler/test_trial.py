@@ -34,7 +34,7 @@ def two_layers() -> tuple[Graph, Parts, Plan]:
     model = net.model(net.conv(x, 12, 8, 1, name="second"))
     graph = simplify(extract_layers(import_model(model)))
     parts = Parts(registry.get("host"), 1)
-    (plan,) = Chooser(graph, parts, dense=True, measure=False, progress=nothing).plans()
+    (plan,) = Chooser(graph, parts, dense=True, mode="estimate", progress=nothing).plans()
     choices = {}
     for name, choice in plan.choices.items():
         config = choice.chosen.config

