@@ -38,6 +38,7 @@ Progress = Callable[[str, int, int], None]
 Mode = Literal["estimate", "measure", "finalists", "strict"]
 
 ASSIGNMENTS = 3
+MAX_ERROR = 1e-4
 FIRST_TRIES = 2  # of a kernel that then lies HOPELESS times behind
 HOPELESS = 2.0
 # Rough rates for estimates: a dense layer reads its weights once; a sparse one gathers inputs.
@@ -157,7 +158,8 @@ class Chooser:
     Modes: "estimate" times nothing; "measure" times what the logs don't have; "finalists" takes
     convolutions as the logs have them timed alone; "strict" takes everything from the logs, as
     timed in the network where that was done. The last two raise MissingRecordsError naming the
-    layers that have no record.
+    layers that have no record. `max_error` bounds what inexact kernels (Winograd) add to the
+    error of the network's outputs, relative to the largest; 0 leaves them out.
     """
 
     def __init__(
@@ -168,6 +170,7 @@ class Chooser:
         dense: bool,
         mode: Mode,
         recorded: Recorded | None = None,
+        max_error: float = MAX_ERROR,
         progress: Progress,
     ) -> None:
         self.graph = graph
@@ -181,6 +184,8 @@ class Chooser:
         self.workloads = {
             node.name: workload_of(node, graph) for node in graph.nodes if isinstance(node, Conv)
         }
+        # Errors of layers are independent: their squares add up.
+        self.layer_error = max_error / math.sqrt(max(1, len(self.workloads)))
         self._convs: dict[Hashable, Choice | None] = {}
         self._moves: dict[Any, float] = {}
 
@@ -301,7 +306,7 @@ class Chooser:
         return [
             Candidate(known.kernel.name, known.config, known.record.run_us, recorded=known.record)
             for known in self.recorded.convs(site, measured)
-            if known.kernel in usable
+            if known.kernel in usable and self._exact_enough(known.kernel, known.config)
         ]
 
     def _try(
@@ -329,8 +334,15 @@ class Chooser:
     def _shortlist(self, kernel: ConvKernel[Any], site: ConvSite) -> list[KernelConfig]:
         """The configurations worth trying, most promising first."""
         count = kernel.tries if self.timer is not None else 1
-        fitting = (config for config in kernel.knobs(site) if kernel.fits(site, config))
+        fitting = (
+            config
+            for config in kernel.knobs(site)
+            if kernel.fits(site, config) and self._exact_enough(kernel, config)
+        )
         return list(itertools.islice(fitting, count))
+
+    def _exact_enough(self, kernel: ConvKernel[Any], config: Any) -> bool:
+        return kernel.added_error(config) <= self.layer_error
 
     def _candidate(
         self, kernel: ConvKernel[Any], config: KernelConfig, node: Conv, site: ConvSite

@@ -221,6 +221,13 @@ def compile_(
     dense: Annotated[
         bool, typer.Option("--dense", help="Don't skip zeros: for comparison.")
     ] = False,
+    max_error: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="Error of the outputs, relative to the largest, that Winograd may add; 0: none.",
+        ),
+    ] = 1e-4,
     measure: Annotated[
         bool, typer.Option(help="Time kernels here, or choose by estimate: fast, less good.")
     ] = True,
@@ -260,6 +267,7 @@ def compile_(
             threads=threads,
             batch=batch,
             dense=dense,
+            max_error=max_error,
             measure=measure,
             strict=strict,
             log=user_folder() if log is None and user_folder().exists() else log,

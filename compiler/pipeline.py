@@ -10,7 +10,7 @@ from typing import Any
 
 from topiarist.compiler.build import build, to_relax
 from topiarist.compiler.bundle import check_writable, write_bundle
-from topiarist.compiler.choose import Chooser, Mode, Plan
+from topiarist.compiler.choose import MAX_ERROR, Chooser, Mode, Plan
 from topiarist.compiler.compiled import CompiledModel, TensorSignature
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
@@ -44,6 +44,7 @@ def compile_model(
     threads: int = 1,
     batch: int | None = None,
     dense: bool = False,
+    max_error: float = MAX_ERROR,
     measure: bool = True,
     strict: bool = False,
     log: Path | None = None,
@@ -54,7 +55,8 @@ def compile_model(
     """Compile an ONNX file for a target, and write the bundle where `output` says.
 
     `batch` overrides the model's batch size; `dense` leaves the sparse kernels out, which is what
-    a sparse build is compared with. `log` is a tuning log or a folder of them, asked before the
+    a sparse build is compared with. `max_error` bounds the error, relative to the largest output,
+    that Winograd kernels may add; 0 leaves them out. `log` is a tuning log or a folder of them, asked before the
     logs that come with the package; what is timed is added to it, unless `add_to_log` is False.
     `strict` takes every time from the logs: nothing is measured, and the same model and logs give
     the same bundle. `progress(stage, done, total)` is called along the way.
@@ -67,6 +69,8 @@ def compile_model(
         require_measurable(spec)
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
+    if not max_error >= 0:
+        raise ValueError(f"max_error must not be negative, got {max_error}")
     if output is not None:
         check_writable(output)
     report = progress or (lambda stage, done, total: None)
@@ -77,7 +81,15 @@ def compile_model(
     report("import", 1, 1)
     parts = Parts(spec, threads)
     recorded = _recorded(spec, threads, mode, log, adds=add_to_log)
-    chooser = Chooser(graph, parts, dense=dense, mode=mode, recorded=recorded, progress=report)
+    chooser = Chooser(
+        graph,
+        parts,
+        dense=dense,
+        mode=mode,
+        recorded=recorded,
+        max_error=max_error,
+        progress=report,
+    )
     plans = chooser.plans()
     if mode == "measure" and not all(plan.settled for plan in plans):
         plan, program = settle(graph, plans, parts, report, recorded)

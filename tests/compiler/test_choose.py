@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from topiarist.compiler.choose import Chooser, Mode
+from topiarist.compiler.choose import MAX_ERROR, Chooser, Mode
 from topiarist.compiler.graph import Conv, FloatArray, Graph, Value
 from topiarist.compiler.measure import Timer
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.recorded import Device, Recorded
 from topiarist.errors import MissingRecordsError
+from topiarist.schedules.kernels import conv_kernel
 from topiarist.targets.detect import detect
 from topiarist.tuning_logs.sources import TuningLogs
 from topiarist.tuning_logs.store import TuningLog
@@ -39,7 +40,12 @@ def sparse_weight(density: float) -> FloatArray:
 
 
 def chooser(
-    graph: Graph, *, dense: bool = False, log: Path | None = None, mode: Mode = "measure"
+    graph: Graph,
+    *,
+    dense: bool = False,
+    log: Path | None = None,
+    mode: Mode = "measure",
+    max_error: float = MAX_ERROR,
 ) -> Chooser:
     """A contest on this machine with one thread."""
     spec = detect()
@@ -51,6 +57,7 @@ def chooser(
         dense=dense,
         mode=mode,
         recorded=recorded,
+        max_error=max_error,
         progress=lambda *_: None,
     )
 
@@ -64,7 +71,22 @@ def test_dense_candidates_take_part() -> None:
 
 def test_dense_builds_leave_the_sparse_kernels_out() -> None:
     choice = chooser(one_conv(sparse_weight(0.1)), dense=True).plans()[0].choices["conv"]
-    assert {c.kernel for c in choice.timed} == {"direct_dense"}
+    assert {c.kernel for c in choice.timed} == {"direct_dense", "winograd_dense"}
+
+
+@pytest.mark.parametrize(
+    ("max_error", "kernels"),
+    [(0.0, {"direct_dense"}), (2e-6, {"direct_dense", "winograd_dense"})],
+)
+def test_inexact_kernels_keep_to_the_error_budget(max_error: float, kernels: set[str]) -> None:
+    """Of one layer, the whole budget is its own: enough for F(2x2) but not for F(4x4)."""
+    plan = chooser(
+        one_conv(sparse_weight(1.0)), dense=True, mode="estimate", max_error=max_error
+    ).plans()[0]
+    timed = plan.choices["conv"].timed
+    assert {c.kernel for c in timed} == kernels
+    for candidate in timed:
+        assert conv_kernel(candidate.kernel).added_error(candidate.config) <= max_error
 
 
 def test_a_log_spares_the_timing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
