@@ -130,6 +130,8 @@ _BOUND = {"compute": "arithmetic", "memory": "memory"}
 
 def _why_not_faster(facts: LayerFacts, limits: LayerLimits | None) -> list[str]:
     """Nothing where the zeros gain what one may expect of them."""
+    if facts.density == 0:
+        return ["All of its weights are zero: only bias, residual and activation are left."]
     sparse, dense = facts.best(sparse=True), facts.best(sparse=False)
     if not skips_zeros(facts.kernel):
         return [_why_dense(facts, sparse, dense)]

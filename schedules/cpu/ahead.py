@@ -7,7 +7,7 @@ from typing import Any
 
 from topiarist.schedules.cpu import emit
 
-_LINE = 16  # values of a cache line
+LINE = 16  # values of a cache line
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Ahead:
     @staticmethod
     def of(in_block: int, per_channel: int, turns: int) -> Ahead:
         """For `per_channel` values of each input channel."""
-        near = max(1, _LINE * turns // per_channel)
+        near = max(1, LINE * turns // per_channel)
         channels = max(d for d in range(1, in_block + 1) if in_block % d == 0 and d <= near)
-        lines = -(-channels * per_channel // (_LINE * turns))
+        lines = -(-channels * per_channel // (LINE * turns))
         return Ahead(channels, lines, in_block // channels, in_block * per_channel)
 
     def emit(self, weights: Any, panel: Any, turn: Any, part: Any) -> None:
         """The requests before a part of the channels."""
         for i in range(self.lines):
             line = (turn * self.parts + part) * self.lines + i
-            emit.prefetch(weights, panel + self.panel_size + line * _LINE, level=2)
+            emit.prefetch(weights, panel + self.panel_size + line * LINE, level=2)

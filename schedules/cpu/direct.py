@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tvm.script.ir_builder import tirx as T
 
 from topiarist.schedules.cpu import emit
-from topiarist.schedules.cpu.ahead import Ahead
+from topiarist.schedules.cpu.ahead import LINE, Ahead
 from topiarist.schedules.kernel import ConvViews, KernelConfig
 from topiarist.schedules.layout import (
     Halo,
@@ -31,6 +31,8 @@ from topiarist.schedules.workload import ConvWorkload
 
 FloatArray = NDArray[np.float32]
 MAX_OFFSET = 1 << 16
+NONZEROS_AHEAD = 256
+MOST_FETCHED = 16  # vectors of input asked for ahead in a visit
 FETCHED_AHEAD = 4  # visits
 EVEN = 1.05  # the busiest thread's share of tasks, relative to an even one, that is good enough
 
@@ -172,12 +174,23 @@ class _Kernel:
     def in_blocks(self) -> int:
         return -(-self.group_in // self.config.in_block)
 
+    @property
+    def tile_count(self) -> int:
+        return self.workload.batch * self.geometry.tiles[0] * self.geometry.tiles[1]
+
+    @property
+    def few_tiles(self) -> bool:
+        """Whether threads share out the channels: tiles this close share pairs of cache lines."""
+        return self.tile_count <= self.threads
+
     def splits(self) -> int:
         """Parts that the output channels are split into, so that every thread has work."""
         blocks, rest = divmod(self.group_out, self.config.out_block)
         if self.threads == 1 or rest:  # every part would compute the rest
             return 1
-        tiles = self.workload.batch * self.geometry.tiles[0] * self.geometry.tiles[1]
+        tiles = self.tile_count
+        if self.few_tiles and blocks % self.threads == 0:
+            return self.threads
 
         def idle(splits: int) -> float:
             """Time of the thread with most tasks, relative to an even share."""
@@ -190,10 +203,10 @@ class _Kernel:
     def tile_loop(self, body: Callable[[Any, Any, Any, Any], None]) -> None:
         """body(image, ty, tx, split), over threads when there are several."""
         ny, nx = self.geometry.tiles
-        splits = self.splits()
-        with emit.loop(self.workload.batch * ny * nx * splits, self.threads) as p:
-            tile = p // splits
-            body(tile // (ny * nx), tile // nx % ny, tile % nx, p % splits)
+        splits, tiles = self.splits(), self.tile_count
+        with emit.loop(tiles * splits, self.threads) as p:
+            tile, split = (p % tiles, p // tiles) if self.few_tiles else (p // splits, p % splits)
+            body(tile // (ny * nx), tile // nx % ny, tile % nx, split)
 
     def in_block_loop(self, body: Callable[[Any, bool, bool], None]) -> None:
         """body(block index, first, last); the first and last block are peeled."""
@@ -263,6 +276,19 @@ class _Kernel:
         for step in self.steps(self.geometry.y):
             emit.prefetch(y, at + step)
 
+    def fetch_input(self, x: Any, next_block: Any, visit: Any, visits: int) -> None:
+        """Ask for a share of the next block of input channels, where it lies in one piece.
+
+        With threads, half of it comes from another core's cache.
+        """
+        layout = self.views.x.layout
+        if self.in_blocks == 1 or (layout.tile is None and self.geometry.tiles != (1, 1)):
+            return
+        vectors = self.config.in_block * layout.channel_stride // self.lanes
+        share = -(-vectors // visits)
+        for i in range(share if share <= MOST_FETCHED else 0):
+            emit.prefetch(x, next_block + (visit * share + i) * self.lanes)
+
     def store(self, y: Any, at: Any, sums: list[Any], last: bool) -> None:
         """Write a tile of one channel, clamped when it is complete."""
         bounds = self.workload.activation if last else (None, None)
@@ -288,6 +314,12 @@ class _Csr:
     starts: Any
     order: Any
 
+    def fetch(self, at: Any, block: int) -> None:
+        """Ask for nonzeros that are needed soon: about as many as a visit uses."""
+        emit.prefetch(self.values, at * block)
+        emit.prefetch(self.values, at * block + LINE)
+        emit.prefetch(self.offsets, at)
+
 
 def _sparse_body(k: _Kernel, ops: _Operands, weight: _Csr) -> Callable[[Any, Any, Any, Any], None]:
     """The loops inside a tile of the sparse form."""
@@ -306,6 +338,7 @@ def _sparse_body(k: _Kernel, ops: _Operands, weight: _Csr) -> Callable[[Any, Any
                 x_block = x_base + (group * k.group_in + q * k.config.in_block) * x_stride
                 with T.serial(0, chunk) as within:
                     visit = (group * k.in_blocks + q) * visits + split * chunk + within
+                    k.fetch_input(ops.x, x_block + k.config.in_block * x_stride, within, chunk)
                     row = T.bind(T.cast(weight.order[visit], "int32"))
                     channel = group * k.group_out + row
                     at = [y_base + (channel + a) * y_stride for a in range(block)]
@@ -313,6 +346,7 @@ def _sparse_body(k: _Kernel, ops: _Operands, weight: _Csr) -> Callable[[Any, Any
                     if k.workload.pointwise and k.group_out > k.group_in:
                         k.fetch(ops.y, y_base + group * k.group_out * y_stride, weight.order, visit)
                     begin = T.bind(weight.starts[visit])
+                    weight.fetch(begin + NONZEROS_AHEAD, block)
                     with T.serial(0, weight.starts[visit + 1] - begin) as j:
                         tap = x_block + T.cast(weight.offsets[begin + j], "int32") * k.lanes
                         for a in range(block):

@@ -104,6 +104,7 @@ class DirectDense(_Direct):
     """Direct dense convolution in the same layouts."""
 
     name = "direct_dense"
+    version = 2
     sparse = False
     tries = 8
 

@@ -22,7 +22,9 @@ from topiarist.targets import registry
 Bars = tuple[float | None, float | None]  # at least, aim
 NO_BARS: Bars = (None, None)
 SQUEEZENET = networks.SHARED / "imagenet_squeezenet1.0_pruned.onnx"
-CROSSING_DENSITIES = (0.1, 0.16, 0.22, 0.28, 0.35, 0.42, 0.5, 0.6, 0.7)
+HIGH_DENSITIES = (0.35, 0.5, 0.6, 0.7)
+# By kernel size: what the crossings are read from. 3x3 layers have Winograd to beat, too.
+CROSSING_DENSITIES = {1: HIGH_DENSITIES, 3: (0.16, 0.22, 0.28, *HIGH_DENSITIES)}
 LAYER_SECONDS = 1 / 8  # of a network's time, for a single layer
 
 
@@ -141,7 +143,7 @@ def crossings(seconds: float) -> CaseResult:
     found: dict[str, dict[str, list[float]]] = {}
     for name, shape in layers.RESNET50.items():
         speedups: dict[str, list[float]] = {"direct": [], "winograd": []}
-        for density in CROSSING_DENSITIES:
+        for density in CROSSING_DENSITIES[shape.kernel]:
             contest = layers.Contest(shape, layers.weights(shape, "unstructured", density), target)
             sparse = contest.fastest(layers.is_sparse)
             if sparse is None:
@@ -150,18 +152,23 @@ def crossings(seconds: float) -> CaseResult:
             for rival, ratio in _sparse_over_dense(contest, sparse, part).items():
                 speedups[rival].append(ratio)
         found[name] = speedups
-    kernels = {name: shape.kernel for name, shape in layers.RESNET50.items()}
     figures = [
-        _crossing_figure("direct dense, 3x3", found, "direct", _of(kernels, 3), (0.5, 0.6)),
-        _crossing_figure("direct dense, 1x1", found, "direct", _of(kernels, 1), (0.5, 0.6)),
-        _crossing_figure("Winograd, 3x3", found, "winograd", _of(kernels, 3), (0.22, 0.28)),
+        _crossing_figure("direct dense", found, "direct", 3, (0.5, 0.6)),
+        _crossing_figure("direct dense", found, "direct", 1, (0.5, 0.6)),
+        _crossing_figure("Winograd", found, "winograd", 3, (0.22, 0.28)),
     ]
-    details = {"densities": CROSSING_DENSITIES, "sparse_over_dense": found}
+    details = {
+        f"{size}x{size}": {
+            "densities": densities,
+            "sparse_over_dense": {name: found[name] for name in _layers_of(size)},
+        }
+        for size, densities in CROSSING_DENSITIES.items()
+    }
     return CaseResult(tuple(figures), details)
 
 
-def _of(kernels: dict[str, int], size: int) -> list[str]:
-    return [name for name, kernel in kernels.items() if kernel == size]
+def _layers_of(kernel: int) -> list[str]:
+    return [name for name, shape in layers.RESNET50.items() if shape.kernel == kernel]
 
 
 def _sparse_over_dense(
@@ -181,15 +188,18 @@ def _crossing_figure(
     against: str,
     found: dict[str, dict[str, list[float]]],
     rival: str,
-    names: list[str],
+    kernel: int,
     bars: Bars,
 ) -> Figure:
-    """The median of the layers' crossings, and the lowest and highest of them."""
-    what = f"nonzeros up to which sparse wins against {against}, median of layers"
-    series = [found[name][rival] for name in names if found[name][rival]]
+    """The median of the layers' crossings, their lowest and highest; 0 where sparse never wins."""
+    what = (
+        f"nonzeros up to which sparse wins against {against}, {kernel}x{kernel}, median of layers"
+    )
+    series = [found[name][rival] for name in _layers_of(kernel) if found[name][rival]]
     if not series:
         return Figure(what, *bars, value=None, unit="")
-    at = [layers.crossing(CROSSING_DENSITIES, speedups) or 0.0 for speedups in series]
+    densities = CROSSING_DENSITIES[kernel]
+    at = [layers.crossing(densities[: len(s)], s) or 0.0 for s in series]
     return Figure(what, *bars, value=float(np.median(at)), low=min(at), high=max(at), unit="")
 
 

@@ -162,6 +162,11 @@ def test_few_nonzeros_and_wasted_lanes() -> None:
     assert "memory bound" not in said
 
 
+def test_no_weights_left() -> None:
+    """Nothing to gain or to divide by."""
+    assert "All of its weights are zero" in text(dataclasses.replace(IDEAL, density=0.0))
+
+
 def test_no_single_limit() -> None:
     """The rest of the kernel's work."""
     facts = with_times(IDEAL, "direct_sparse", direct_sparse=100.0, direct_dense=300.0)

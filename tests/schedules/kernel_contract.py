@@ -14,6 +14,7 @@ from tests.schedules import references
 from tests.schedules.building import (
     TARGETS,
     FloatArray,
+    bits,
     check_written,
     distinct_nans,
     lane_splits,
@@ -398,6 +399,22 @@ class ConvKernelContract:
         problem = make_problem(case, target.lanes)
         by_block = {c.out_block: c for c in fitting(kernel, problem, target)}
         check(kernel, problem, list(by_block.values()), target, threads=2)
+
+    @pytest.mark.parametrize("name", ["threads_one_tile", "threads", "depthwise_threads"])
+    def test_the_number_of_threads_changes_no_bit(
+        self, kernel: ConvKernel[Any], target: TargetSpec, name: str
+    ) -> None:
+        """However tiles and channels are shared out."""
+        problem = make_problem(CASES[name], target.lanes)
+        config = fitting(kernel, problem, target)[0]
+        sites = {f"threads_{n}": site_of(problem, target, n) for n in (1, 2, 3)}
+        results = run_all(
+            {n: kernel.prim_func(site, config, n) for n, site in sites.items()},
+            target,
+            {n: arguments(kernel, problem, config, site) for n, site in sites.items()},
+        )
+        one, *more = (bits(result) for result in results.values())
+        assert all(np.array_equal(one, other) for other in more)
 
     def test_known_result(self, kernel: ConvKernel[Any], target: TargetSpec) -> None:
         """1..9 under the kernel [[1, 0], [0, -1]]: each pixel minus its neighbour four on."""
