@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,15 @@ def no_logs_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     """Tests neither read nor write the logs of whoever runs them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def steady_machine() -> Iterator[None]:
+    """No batch counts as disturbed: a tuner would measure it again another time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("topiarist.tuning_logs.record.DRIFT_LIMIT", math.inf)
+        patch.setattr("topiarist.compiler.tune.DRIFT_LIMIT", math.inf)
         yield
 
 

@@ -24,9 +24,12 @@ ROOT = Path(__file__).parents[2]
 TARGET = "x86-avx2"
 WORKFLOW = ROOT / "docs" / "ci" / "compile.yml"
 
-pytestmark = pytest.mark.skipif(
-    runs_here(registry.get(TARGET)) is not None, reason=str(runs_here(registry.get(TARGET)))
-)
+pytestmark = [
+    pytest.mark.usefixtures("steady_machine"),
+    pytest.mark.skipif(
+        runs_here(registry.get(TARGET)) is not None, reason=str(runs_here(registry.get(TARGET)))
+    ),
+]
 
 
 def call(*arguments: object) -> Result:
@@ -34,7 +37,7 @@ def call(*arguments: object) -> Result:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project(tmp_path_factory: pytest.TempPathFactory, steady_machine: None) -> Path:
     """A folder with a model and a folder of logs from tuning it, as they would be in git."""
     folder = tmp_path_factory.mktemp("project")
     model = two_convs(folder / "model.onnx")

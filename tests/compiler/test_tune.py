@@ -293,6 +293,26 @@ def test_layers_by_name(model: Path, tmp_path: Path) -> None:
         make_tuner(model, tmp_path / "l.jsonl", Invented(by_size), TuneOptions(layers=("nobody",)))
 
 
+def test_a_task_knows_its_best(model: Path, tmp_path: Path) -> None:
+    tuner = make_tuner(model, tmp_path / "l.jsonl", Invented(by_size), TuneOptions())
+    task: Task = tuner.tasks[0]
+    assert task.best is None and task.best_us == math.inf
+    task.observe(0, math.inf)
+    assert task.best is None and task.failed == 1
+    task.observe(1, 5.0)
+    assert task.best is not None and task.best.run_us == 5.0
+    assert np.isfinite(task.best_us)
+
+
+def test_killed_tuners_lose_nothing_that_was_finished(tmp_path: Path) -> None:
+    """A small version of `tests/benchmarks/bench_kills.py`, which kills a thousand."""
+    counts = bench_kills.run(12, tmp_path)
+    assert counts["kills"] == 12
+    assert counts["lost"] == counts["broken"] == 0
+    assert counts["records"] >= counts["finished"]
+
+
+@pytest.mark.usefixtures("steady_machine")
 def test_tuned_once_compiled_without_measuring(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,22 +347,3 @@ def test_tuned_once_compiled_without_measuring(
             assert convs[name].run_us and tuned.run_us
     assert log.read_bytes() == lines
     assert "in the log, in network" in strict.layers[0].reason
-
-
-def test_a_task_knows_its_best(model: Path, tmp_path: Path) -> None:
-    tuner = make_tuner(model, tmp_path / "l.jsonl", Invented(by_size), TuneOptions())
-    task: Task = tuner.tasks[0]
-    assert task.best is None and task.best_us == math.inf
-    task.observe(0, math.inf)
-    assert task.best is None and task.failed == 1
-    task.observe(1, 5.0)
-    assert task.best is not None and task.best.run_us == 5.0
-    assert np.isfinite(task.best_us)
-
-
-def test_killed_tuners_lose_nothing_that_was_finished(tmp_path: Path) -> None:
-    """A small version of `tests/benchmarks/bench_kills.py`, which kills a thousand."""
-    counts = bench_kills.run(12, tmp_path)
-    assert counts["kills"] == 12
-    assert counts["lost"] == counts["broken"] == 0
-    assert counts["records"] >= counts["finished"]
