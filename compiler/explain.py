@@ -132,6 +132,8 @@ def _why_not_faster(facts: LayerFacts, limits: LayerLimits | None) -> list[str]:
     """Nothing where the zeros gain what one may expect of them."""
     if facts.density == 0:
         return ["All of its weights are zero: only bias, residual and activation are left."]
+    if any(time.us <= 0 for time in facts.times):
+        return []  # no ratio can be made of them
     sparse, dense = facts.best(sparse=True), facts.best(sparse=False)
     if not skips_zeros(facts.kernel):
         return [_why_dense(facts, sparse, dense)]

@@ -167,6 +167,12 @@ def test_no_weights_left() -> None:
     assert "All of its weights are zero" in text(dataclasses.replace(IDEAL, density=0.0))
 
 
+def test_times_of_zero_explain_nothing() -> None:
+    """An estimate may say so."""
+    facts = with_times(IDEAL, "direct_sparse", direct_sparse=0.0, direct_dense=0.0)
+    assert len(explain(dataclasses.replace(facts, measured=False), None)) == 1
+
+
 def test_no_single_limit() -> None:
     """The rest of the kernel's work."""
     facts = with_times(IDEAL, "direct_sparse", direct_sparse=100.0, direct_dense=300.0)
