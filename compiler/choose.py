@@ -363,7 +363,7 @@ class Chooser:
         args.append(_ref("y", views.y, workload.batch))
         seconds = self._seconds(name, args)
         if self.recorded is not None:
-            self.recorded.add(self.recorded.what_conv(site, kernel, config), seconds)
+            self.recorded.add(self.recorded.device.what_conv(site, kernel, config), seconds)
         return Candidate(kernel.name, config, typical_us(seconds))
 
     def _seconds(self, name: str, args: list[Any]) -> tuple[float, ...]:
@@ -436,7 +436,7 @@ class Chooser:
         name = linear_function(self.parts, kernel, shape)
         seconds = self._seconds(name, [x, *linear_params(kernel, node, self.target.lanes), y])
         if self.recorded is not None:
-            self.recorded.add(self.recorded.what_linear(node, shape, kernel), seconds)
+            self.recorded.add(self.recorded.device.what_linear(node, shape, kernel), seconds)
         return Candidate(kernel, None, typical_us(seconds))
 
 

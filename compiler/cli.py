@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from topiarist.compiler import cli_bundles, cli_logs, cli_models, cli_targets, cli_tune
+from topiarist.compiler import cli_bundles, cli_latency, cli_logs, cli_models, cli_targets, cli_tune
 from topiarist.compiler.cli_output import (
     INTERRUPTED,
     Debug,
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_targets.app, name="targets")
 app.add_typer(cli_logs.app, name="log")
+app.add_typer(cli_latency.app, name="model")
 app.command("inspect")(cli_models.inspect)
 app.command("prune")(cli_models.prune)
 app.command("tune")(cli_tune.tune)

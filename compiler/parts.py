@@ -44,6 +44,10 @@ class Parts:
             self._constants[key] = make()
         return self._constants[key]
 
+    def forget_constants(self) -> None:
+        """Let go of all arrays: the next network has other weights."""
+        self._constants.clear()
+
     def site(self, workload: ConvWorkload, views: ConvViews) -> ConvSite:
         """A convolution in its place, on this target."""
         return ConvSite(workload, views, self.target, self.threads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from topiarist.compiler.graph import Conv, Graph, Linear
 from topiarist.compiler.layouts import LayoutPlan
+from topiarist.compiler.program import Call
 from topiarist.compiler.runtime import versions
 from topiarist.schedules.cpu.linear import LinearShape
 from topiarist.schedules.kernel import ConvKernel, ConvSite, ConvViews, KernelConfig
@@ -58,6 +60,41 @@ class Device:
         loosest: Level = "near" if target.name == registry.HOST else "other device"
         return Device(target, TargetKey.of(target, threads), versions(), loosest)
 
+    def what_conv(
+        self, site: ConvSite, kernel: ConvKernel[Any], config: KernelConfig
+    ) -> MeasureInput:
+        """A convolution's candidate as records name it."""
+        return MeasureInput.of_conv(
+            site.workload, kernel, config, site.views, self.key, self.versions
+        )
+
+    def what_linear(self, node: Linear, shape: LinearShape, kernel: str) -> MeasureInput:
+        """A fully connected layer's candidate as records name it."""
+        return self._unit(_linear_workload(node, shape), kernel, {})
+
+    def what_call(self, call: Call) -> MeasureInput:
+        """A call that is neither convolution nor fully connected layer: a pool, a move, a sum."""
+        kind = re.sub(r"_\d+$", "", call.function)
+        read_bytes = sum(ref.bytes for ref in call.reads)
+        workload = {"kind": kind, "read_bytes": read_bytes, "written_bytes": call.output.bytes}
+        return self._unit(workload, kind, {})
+
+    def what_network(self, graph: Graph, layouts: LayoutPlan) -> MeasureInput:
+        """A whole network in its layouts as records name it."""
+        views = [
+            str(place.view)
+            for node in graph.nodes
+            for place in (*layouts.reads[node.name], layouts.places[node.output])
+        ]
+        return self._unit(_network_workload(graph), NETWORK, {"layouts": _digest(views)})
+
+    def _unit(
+        self, workload: Mapping[str, Any], kernel: str, config: Mapping[str, Any]
+    ) -> MeasureInput:
+        return MeasureInput(
+            *(workload, kernel, UNIT_VERSION, config, PLAIN, PLAIN, "none", self.key, self.versions)
+        )
+
 
 @dataclass(frozen=True)
 class Known:
@@ -97,14 +134,6 @@ class Recorded:
         if self.adds:
             self.logs.append(TuningRecord(what, s, "in network") for what, s in found)
 
-    def what_conv(
-        self, site: ConvSite, kernel: ConvKernel[Any], config: KernelConfig
-    ) -> MeasureInput:
-        """A convolution's candidate as records name it."""
-        return MeasureInput.of_conv(
-            site.workload, kernel, config, site.views, self.device.key, self.device.versions
-        )
-
     def convs(self, site: ConvSite, measured: Measured) -> list[Known]:
         """The candidates with a time for a layer in its place, fastest first."""
         place = Site.of_conv(site.workload, site.views, self.device.key, self.device.versions)
@@ -113,10 +142,6 @@ class Recorded:
         known = ((candidates.of(record), record) for record in found)
         return [Known(*candidate, record) for candidate, record in known if candidate is not None]
 
-    def what_linear(self, node: Linear, shape: LinearShape, kernel: str) -> MeasureInput:
-        """A fully connected layer's candidate as records name it."""
-        return self._unit(_linear_workload(node, shape), kernel, {})
-
     def linears(self, node: Linear, shape: LinearShape, measured: Measured) -> list[TuningRecord]:
         """The kernels' times for a fully connected layer, fastest first."""
         tvm = self.device.versions["apache-tvm"]
@@ -124,32 +149,15 @@ class Recorded:
         place = Site(workload, (PLAIN, PLAIN, "none"), self.device.key, tvm)
         return self._best(place, measured, lambda r: r.input.kernel_version == UNIT_VERSION)
 
-    def what_network(self, graph: Graph, layouts: LayoutPlan) -> MeasureInput:
-        """A whole network in its layouts as records name it."""
-        views = [
-            str(place.view)
-            for node in graph.nodes
-            for place in (*layouts.reads[node.name], layouts.places[node.output])
-        ]
-        return self._unit(_network_workload(graph), NETWORK, {"layouts": _digest(views)})
-
     def network_us(self, graph: Graph, layouts: LayoutPlan) -> float | None:
         """What the network took in these layouts with the best kernels, None if nobody looked."""
         match = self.logs.find(
-            self.what_network(graph, layouts),
+            self.device.what_network(graph, layouts),
             "in network",
             loosest=self.device.loosest,
             usable=self._usable,
         )
         return None if match is None else match.record.run_us
-
-    def _unit(
-        self, workload: Mapping[str, Any], kernel: str, config: Mapping[str, Any]
-    ) -> MeasureInput:
-        key, package_versions = self.device.key, self.device.versions
-        return MeasureInput(
-            *(workload, kernel, UNIT_VERSION, config, PLAIN, PLAIN, "none", key, package_versions)
-        )
 
     def _best(self, site: Site, measured: Measured, usable: Usable) -> list[TuningRecord]:
         matches = self.logs.best(

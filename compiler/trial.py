@@ -73,7 +73,7 @@ def settle(
     progress("try in the network", len(plans) + 1, len(plans) + 1)
     if recorded is not None:
         recorded.add_networks(
-            (recorded.what_network(graph, plan.layouts), (float(total),))
+            (recorded.device.what_network(graph, plan.layouts), (float(total),))
             for (plan, _), total in zip(tuned, totals, strict=True)
         )
     plan, program = tuned[winner]
@@ -152,11 +152,11 @@ def _records(
         for candidate, seconds in contest.finalists:
             if isinstance(node, Linear):
                 shape = linear_shape(node, graph.values[node.inputs[0]].shape[0])
-                yield recorded.what_linear(node, shape, candidate.kernel), seconds
+                yield recorded.device.what_linear(node, shape, candidate.kernel), seconds
             elif isinstance(node, Conv) and candidate.config is not None:
                 site = parts.site(plan.workloads[name], conv_views(node, plan.layouts))
                 kernel = conv_kernel(candidate.kernel)
-                yield recorded.what_conv(site, kernel, candidate.config), seconds
+                yield recorded.device.what_conv(site, kernel, candidate.config), seconds
 
 
 @dataclass(frozen=True)

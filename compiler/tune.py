@@ -12,9 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from topiarist.compiler.choose import (
     Candidate,
@@ -35,14 +33,13 @@ from topiarist.compiler.recorded import Device, Recorded
 from topiarist.compiler.runtime import pinned
 from topiarist.compiler.simplify import simplify
 from topiarist.compiler.trial import FINALISTS, settle
-from topiarist.compiler.worker import Batch, Layer, Outcome, Variant
+from topiarist.compiler.worker import Layer, Measurer, Outcome, Steady, Variant
 from topiarist.errors import BuildError, ModelError
 from topiarist.schedules.kernel import ConvSite
 from topiarist.schedules.kernels import CONV_KERNELS
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.features import columns_of, features
 from topiarist.tuning_logs.record import (
-    DRIFT_LIMIT,
     MeasureInput,
     TuningRecord,
     typical_us,
@@ -58,7 +55,6 @@ from topiarist.tuning_logs.search import (
 from topiarist.tuning_logs.sources import TuningLogs
 
 BATCH = 8  # candidates whose repeats are interleaved
-RETRIES = 1  # of a batch that the machine was disturbed in
 AGREE = 1.15  # two measurements of one thing that differ by more contradict each other
 HOPELESS_LAYOUTS = 1.15  # times the best layouts' time: not searched any further
 PATIENCE = 3  # batches without a gain after which a layer is left
@@ -68,14 +64,6 @@ TRIAL_SHARE = 0.15  # of the budget is left for the trial in the network
 TRIAL_LIMIT_S = 60.0  # at most
 
 Clock = Callable[[], float]
-
-
-class Measurer(Protocol):
-    """What measures a batch: `Worker`, or an invented one."""
-
-    def measure(self, layer: Layer, variants: Sequence[Variant]) -> Batch:
-        """The variants' outcomes in their order."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -228,7 +216,7 @@ def find_tasks(
     for key in wanted:
         variants, space = spaces[key]
         strategy = make_strategy(options.strategy, space, options.seed + len(tasks), history)
-        whats = [recorded.what_conv(layers[key].site, v.kernel, v.config) for v in variants]
+        whats = [recorded.device.what_conv(layers[key].site, v.kernel, v.config) for v in variants]
         tasks.append(Task(layers[key], variants, whats, strategy, names[key], uses[key]))
     return tasks, len(layouts)
 
@@ -237,6 +225,20 @@ def _space(
     name: str, site: ConvSite, recorded: Recorded, max_error: float
 ) -> tuple[list[Variant], list[Option]]:
     """All candidates of a layer that are exact enough, and what a search knows of them."""
+    variants = candidates(name, site, max_error)
+    options = []
+    for v in variants:
+        what = recorded.device.what_conv(site, v.kernel, v.config)
+        estimate_us = v.kernel.estimate_us(site, v.config)
+        options.append(Option(v.kernel.name, what.config, features(what), estimate_us))
+    return variants, options
+
+
+def candidates(name: str, site: ConvSite, max_error: float) -> list[Variant]:
+    """All kernels and knobs that serve a layer in its place and are exact enough.
+
+    Raises BuildError, naming the layer, if there are none.
+    """
     variants = [
         Variant(kernel, config)
         for kernel in CONV_KERNELS
@@ -246,12 +248,7 @@ def _space(
     ]
     if not variants:
         raise BuildError(f"{name}: no kernel serves the layer between its layouts")
-    options = []
-    for v in variants:
-        what = recorded.what_conv(site, v.kernel, v.config)
-        estimate_us = v.kernel.estimate_us(site, v.config)
-        options.append(Option(v.kernel.name, what.config, features(what), estimate_us))
-    return variants, options
+    return variants
 
 
 class Tuner:
@@ -272,16 +269,15 @@ class Tuner:
         self.tasks = tasks
         self.layouts = layouts
         self.logs = logs
-        self.measurer = measurer
+        self.steady = Steady(measurer)
         self.options = options
         self.deadline = deadline
         self.clock = clock
         self.progress = progress
         self.start = clock()
-        self.measured = self.disturbed = 0
+        self.measured = 0
         self.failed: Counter[str] = Counter()
         self.reused = sum(self._recall(task) for task in tasks)
-        self._references: list[float] = []  # the reference kernel's seconds around each batch
 
     def _recall(self, task: Task) -> int:
         """Take what the logs know of a task, but for what has to be measured again."""
@@ -323,29 +319,16 @@ class Tuner:
     def measure(self, task: Task, indices: list[int]) -> None:
         """Measure candidates and record them, again while the machine is disturbed."""
         variants = [task.variants[i] for i in indices]
-        for _ in range(RETRIES + 1):
-            batch = self.measurer.measure(task.layer, variants)
-            drift = self._drift(batch.reference)
-            if drift is None or drift <= DRIFT_LIMIT:
-                break
-            self.disturbed += 1
+        outcomes, drift = self.steady.measure(task.layer, variants)
         self.logs.append(
-            _record(task.whats[i], outcome, drift)
-            for i, outcome in zip(indices, batch.outcomes, strict=True)
+            record_of(task.whats[i], outcome, drift)
+            for i, outcome in zip(indices, outcomes, strict=True)
         )
-        for i, outcome in zip(indices, batch.outcomes, strict=True):
+        for i, outcome in zip(indices, outcomes, strict=True):
             self.measured += 1
             if outcome.status != "ok":
                 self.failed[outcome.status] += 1
             task.observe(i, typical_us(outcome.seconds) if outcome.status == "ok" else math.inf)
-
-    def _drift(self, reference: Sequence[float]) -> float | None:
-        """The reference kernel's time over its usual one, None without any."""
-        if not reference:
-            return None
-        median = float(np.median(reference))
-        self._references.append(median)
-        return round(max(median / (typical_us(self._references) * 1e-6), 1.0), 3)
 
     def _next(self) -> Task | None:
         """The task where the most is to be gained, None if all are done.
@@ -414,7 +397,8 @@ def contradicted(history: Sequence[TuningRecord]) -> bool:
     return not any(max(last, us) <= AGREE * min(last, us) for us in times[:-1])
 
 
-def _record(what: MeasureInput, outcome: Outcome, drift: float | None) -> TuningRecord:
+def record_of(what: MeasureInput, outcome: Outcome, drift: float | None) -> TuningRecord:
+    """What a measurement says."""
     drift = drift if outcome.status == "ok" else None
     return TuningRecord(
         what, outcome.seconds, status=outcome.status, message=outcome.message, drift=drift
@@ -460,7 +444,7 @@ def tune_model(
         measured=tuner.measured,
         reused=tuner.reused,
         failed=dict(tuner.failed),
-        disturbed=tuner.disturbed,
+        disturbed=tuner.steady.disturbed,
         network_us=None if plan is None else plan.total_us,
         seconds=clock() - start,
         finished=finished,

@@ -16,21 +16,22 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from topiarist.errors import BuildError
 from topiarist.schedules.kernel import ConvKernel, ConvSite, KernelConfig
-from topiarist.tuning_logs.record import Status
+from topiarist.tuning_logs.record import DRIFT_LIMIT, Status, typical_us
 
 Arguments = Iterator[list[Any]]
 Stage = Literal["start", "prepare", "build", "run"]
 
+RETRIES = 1  # of a batch that the machine was disturbed in
 ROUNDS = 7
 SLICE_S = 0.0015  # least time of one repeat
 FAR_BEHIND = 3.0  # times the batch's fastest; such a candidate is repeated only
@@ -82,6 +83,46 @@ class Limits:
     prepare: float = 120.0
     build: float = 60.0
     run: float = 10.0
+
+
+class Measurer(Protocol):
+    """What measures a batch: `Worker`, or an invented one."""
+
+    def measure(self, layer: Layer, variants: Sequence[Variant]) -> Batch:
+        """The variants' outcomes in their order."""
+        ...
+
+
+class Steady:
+    """Measures batches, again where the machine was disturbed meanwhile.
+
+    `disturbed` counts those batches, repeated or not.
+    """
+
+    def __init__(self, measurer: Measurer) -> None:
+        self.measurer = measurer
+        self.disturbed = 0
+        self._references: list[float] = []  # the reference kernel's seconds around each batch
+
+    def measure(
+        self, layer: Layer, variants: Sequence[Variant]
+    ) -> tuple[tuple[Outcome, ...], float | None]:
+        """The outcomes, and how steady the machine was: see `TuningRecord.drift`."""
+        for _ in range(RETRIES + 1):
+            batch = self.measurer.measure(layer, variants)
+            drift = self._drift(batch.reference)
+            if drift is None or drift <= DRIFT_LIMIT:
+                break
+            self.disturbed += 1
+        return batch.outcomes, drift
+
+    def _drift(self, reference: Sequence[float]) -> float | None:
+        """The reference kernel's time over its usual one, None without any."""
+        if not reference:
+            return None
+        median = float(np.median(reference))
+        self._references.append(median)
+        return round(max(median / (typical_us(self._references) * 1e-6), 1.0), 3)
 
 
 class Worker:
@@ -268,15 +309,16 @@ class _Bench:
         )
         if same:
             return
+        if self._layer is None or not _same_code(layer.site, self._layer.site):
+            self.parts = Parts(layer.site.target, self.threads)
+            self.reference = _Built(-1, *reference_kernel(self.parts))
         self._layer = layer
-        self.parts = Parts(layer.site.target, self.threads)
         self.expected = expectation(layer.site, layer.weight, layer.bias)
         tensor = tvm.runtime.tensor
         self.x, self.bias = tensor(self.expected.x), tensor(layer.bias)
         self.y = tensor(self.expected.y_before)
         residual = self.expected.residual
         self.residual = [] if residual is None else [tensor(residual)]
-        self.reference = _Built(-1, *reference_kernel(self.parts))
 
     def _build(self, index: int, variant: Variant) -> _Built | Outcome:
         from topiarist.compiler.measure import taking_turns
@@ -319,6 +361,11 @@ class _Bench:
                     each.seconds.append(_seconds(each, each.number))
         self.reference.seconds.append(_seconds(self.reference, self.reference.number))
         return tuple(self.reference.seconds)
+
+
+def _same_code(a: ConvSite, b: ConvSite) -> bool:
+    """Whether kernels have the same machine code at both sites: zeros don't change it."""
+    return a == replace(b, workload=replace(b.workload, sparsity=a.workload.sparsity))
 
 
 def reference_kernel(parts: Any) -> tuple[Any, Arguments]:

@@ -35,3 +35,7 @@ class NewerLogError(TuningLogError):
 
 class MissingRecordsError(TopiaristError):
     """A tuning log that was named is not there, or lacks records that were needed."""
+
+
+class CostModelError(TopiaristError):
+    """A latency model is broken, was made for something else, or has too little to learn from."""

@@ -1,0 +1,276 @@
+"""Records for the latency model: networks with random zeros, layouts and kernels.
+
+Each draw takes a network (one of the user's, or an invented chain of convolutions), gives its
+layers zeros of random densities and patterns, and runs it with several kernels a layer; every call
+is timed where it will run, inside a network. What the model that was trained on earlier draws gets
+wrong is drawn again, with other numbers of channels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from topiarist.compiler.choose import (
+    LINEAR_KERNELS,
+    MAX_ERROR,
+    Candidate,
+    Choice,
+    Plan,
+    conv_views,
+    layout_plans,
+    linear_shape,
+    workload_of,
+)
+from topiarist.compiler.extract import extract_layers
+from topiarist.compiler.frontend import import_model
+from topiarist.compiler.graph import Conv, Graph, Linear
+from topiarist.compiler.invent import Geometry, Random, chain, with_zeros
+from topiarist.compiler.lower import lower
+from topiarist.compiler.parts import Parts
+from topiarist.compiler.recorded import Device, Recorded
+from topiarist.compiler.runtime import pinned
+from topiarist.compiler.simplify import simplify
+from topiarist.compiler.trial import Trial
+from topiarist.compiler.tune import BATCH, Clock, candidates, record_of
+from topiarist.compiler.worker import Layer, Measurer, Steady, Variant
+from topiarist.schedules.kernel import ConvSite
+from topiarist.targets.spec import TargetSpec
+from topiarist.tuning_logs.cost_model import Dataset, LatencyModel
+from topiarist.tuning_logs.record import MeasureInput, TuningRecord
+from topiarist.tuning_logs.sources import TuningLogs
+
+SITES = 6  # layers of a draw that are timed alone
+REDRAWS = 8  # of a layer's zeros, for the same machine code: making that takes most of the time
+TRIED = 12  # candidates of a layer that get machine code in a draw, about
+IN_NETWORK = 3  # of every so many draws one is timed as a network
+PROGRAMS = 4  # that run in turn then, each with another kernel per layer
+SHORTLIST = 64  # candidates by estimate, among which the model says what is promising
+PROMISING = 0.12  # chance that the search for a kernel ends at the next best one
+RETRAIN_EVERY = 6  # draws
+LEAST_TO_TRAIN = 300  # records
+WRONG = 0.10  # error from which on a layer is drawn again
+REMEMBERED = 40  # such layers
+
+
+@dataclass(frozen=True)
+class CollectStep:
+    """Where a collection is; `error` is the model's median error on its last records, if any."""
+
+    draws: int
+    records: int
+    elapsed_s: float
+    error: float | None
+
+
+@dataclass(frozen=True)
+class CollectReport:
+    """What was measured."""
+
+    draws: int
+    records: int
+    disturbed: int  # batches
+    seconds: float
+
+
+def collect(
+    models: Sequence[Path],
+    target: TargetSpec,
+    logs: TuningLogs,
+    measurer: Measurer,
+    *,
+    budget_s: float,
+    threads: int = 1,
+    seed: int = 0,
+    clock: Clock = time.monotonic,
+    progress: Callable[[CollectStep], None] | None = None,
+) -> CollectReport:
+    """Measure draws until the time is over, appending records to the first log as they come.
+
+    With `models` draws take turns between them; without, chains of convolutions are invented.
+    A collection that was stopped goes on with other draws: what the log has advances the seed.
+    Raises ModelError, BuildError, TuningLogError or OutputError.
+    """
+    start = clock()
+    graphs = [simplify(extract_layers(import_model(model))) for model in models]
+    recorded = Recorded(logs, Device.here(target, threads), adds=True)
+    known = [record for record in logs.read() if record.input.target == recorded.device.key]
+    random = np.random.default_rng((seed, len(known)))
+    guide, steady = _Guide(known), Steady(measurer)
+    draws = count = 0
+    while clock() - start < budget_s:
+        if draws % RETRAIN_EVERY == 0:
+            guide.train()
+        graph = graphs[draws % len(graphs)] if graphs else chain(random, guide.wrong)
+        draw = _Draw(graph, Parts(target, threads), recorded, random, guide)
+        in_network = (draws + 1) % IN_NETWORK == 0
+        for records in draw.in_network() if in_network else draw.alone(steady):
+            logs.append(records)
+            guide.learn(records)
+            count += len(records)
+            if progress is not None:
+                progress(CollectStep(draws, count, clock() - start, guide.error))
+            if clock() - start > budget_s:
+                break
+        draws += 1
+    return CollectReport(draws, count, steady.disturbed, clock() - start)
+
+
+class _Guide:
+    """What is known so far: which kernels are promising, and which layers the model gets wrong."""
+
+    def __init__(self, known: Sequence[TuningRecord]) -> None:
+        self.records = list(known)
+        self.model: LatencyModel | None = None
+        self.error: float | None = None  # the median on the last records
+        self._wrong: deque[Geometry] = deque(maxlen=REMEMBERED)
+
+    @property
+    def wrong(self) -> list[Geometry]:
+        """The layers that the model got wrong lately."""
+        return list(self._wrong)
+
+    def train(self) -> None:
+        """Train on all records, if they are enough."""
+        if len(self.records) >= LEAST_TO_TRAIN:
+            self.model = LatencyModel.train(Dataset.of(self.records))
+
+    def learn(self, records: Sequence[TuningRecord]) -> None:
+        """Add records, and see where the model was wrong."""
+        records = [record for record in records if record.status == "ok"]
+        self.records += records
+        if self.model is None or not records:
+            return
+        whats = [record.input for record in records]
+        predicted = self.model.predict_us(whats, records[0].measured)
+        errors = np.abs(predicted / [record.run_us for record in records] - 1)
+        self.error = float(np.median(errors))
+        for what, error in zip(whats, errors, strict=True):
+            geometry = Geometry.of(what.workload) if error > WRONG else None
+            if geometry is not None and geometry not in self._wrong:
+                self._wrong.append(geometry)
+
+    def ranked(self, whats: Sequence[MeasureInput]) -> list[int]:
+        """Candidates, given in the order of their estimates, most promising first."""
+        if self.model is None:
+            return [*range(len(whats))]
+        return [
+            int(i) for i in np.argsort(self.model.predict_us(whats, "in network"), kind="stable")
+        ]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A kernel for a layer, and as what it is recorded."""
+
+    variant: Variant
+    what: MeasureInput
+
+    @property
+    def candidate(self) -> Candidate:
+        """As plans have it."""
+        return Candidate(self.variant.kernel.name, self.variant.config, 0.0)
+
+
+class _Draw:
+    """A network in one of its layouts, and the kernels that were tried there."""
+
+    def __init__(
+        self, graph: Graph, parts: Parts, recorded: Recorded, random: Random, guide: _Guide
+    ) -> None:
+        self.graph = graph
+        self.parts = parts
+        self.recorded = recorded
+        self.random = random
+        self.guide = guide
+        layouts = layout_plans(graph, parts.target.lanes)
+        self.layouts = layouts[int(random.integers(len(layouts)))]
+        self.convs = [node.name for node in graph.nodes if isinstance(node, Conv)]
+        self._tried: dict[str, list[Variant]] = defaultdict(list)
+
+    def alone(self, steady: Steady) -> Iterator[list[TuningRecord]]:
+        """Some of the layers with new zeros, several kernels each."""
+        names = self.random.permutation(self.convs)[:SITES]
+        redrawn = [with_zeros(self.graph, self.random, names) for _ in range(REDRAWS)]
+        for name in names:
+            for graph in redrawn:
+                node = next(node for node in graph.nodes if node.name == name)
+                assert isinstance(node, Conv)
+                site = self._site(node, graph)
+                entries = self._pick(node.name, site, BATCH)
+                layer = Layer(site, node.weight, node.bias)
+                outcomes, drift = steady.measure(layer, [entry.variant for entry in entries])
+                pairs = zip(entries, outcomes, strict=True)
+                yield [record_of(entry.what, outcome, drift) for entry, outcome in pairs]
+
+    def in_network(self) -> Iterator[list[TuningRecord]]:
+        """The network with new zeros, several kernels a layer, every call timed."""
+        for _ in range(REDRAWS):
+            yield list(self._in_network(with_zeros(self.graph, self.random, self.convs)))
+            self.parts.forget_constants()
+
+    def _site(self, node: Conv, graph: Graph) -> ConvSite:
+        return self.parts.site(workload_of(node, graph), conv_views(node, self.layouts))
+
+    def _in_network(self, graph: Graph) -> Iterator[TuningRecord]:
+        convs = [node for node in graph.nodes if isinstance(node, Conv)]
+        sites = {node.name: self._site(node, graph) for node in convs}
+        workloads = {name: site.workload for name, site in sites.items()}
+        entries = {name: self._pick(name, site, PROGRAMS) for name, site in sites.items()}
+        choices: dict[str, list[tuple[Candidate, MeasureInput]]] = {
+            name: [(entry.candidate, entry.what) for entry in found]
+            for name, found in entries.items()
+        }
+        for node in graph.nodes:
+            if isinstance(node, Linear):
+                shape = linear_shape(node, graph.values[node.inputs[0]].shape[0])
+                choices[node.name] = [
+                    (
+                        Candidate(kernel, None, 0.0),
+                        self.recorded.device.what_linear(node, shape, kernel),
+                    )
+                    for kernel in LINEAR_KERNELS
+                ]
+        variants = [
+            {name: found[j % len(found)] for name, found in choices.items()}
+            for j in range(PROGRAMS)
+        ]
+        plans = []
+        for variant in variants:
+            chosen = {name: Choice(c, (c,)) for name, (c, _) in variant.items()}
+            plans.append(Plan(self.layouts, workloads, chosen, 0.0))
+        programs = [lower(graph, plan, self.parts) for plan in plans]
+        with pinned(self.parts.threads):
+            times = Trial(self.parts).compare(programs)
+        found: dict[str, tuple[MeasureInput, list[float]]] = {}
+        for program, variant, seconds in zip(programs, variants, times, strict=True):
+            for call, taken in zip(program.calls, seconds, strict=True):
+                known = variant.get(call.layer)
+                what = self.recorded.device.what_call(call) if known is None else known[1]
+                found.setdefault(what.key, (what, []))[1].append(float(taken))
+        for what, taken in found.values():
+            yield TuningRecord(what, tuple(taken), "in network")
+
+    def _pick(self, name: str, site: ConvSite, count: int) -> list[_Entry]:
+        """The most promising dense and sparse kernel; others are rarer the less they promise."""
+        tried, workload = self._tried[name], site.workload
+        variants = [v for v in tried if not v.kernel.refuses(workload, site.target)]
+        if len(tried) < TRIED or len(variants) < count:
+            variants = candidates(name, site, MAX_ERROR)
+            variants.sort(key=lambda v: v.kernel.estimate_us(site, v.config))
+            del variants[SHORTLIST:]
+        whats = [self.recorded.device.what_conv(site, v.kernel, v.config) for v in variants]
+        ranked = self.guide.ranked(whats)
+        picks: list[int] = []
+        for sparse in (False, True):
+            picks += [i for i in ranked if variants[i].kernel.sparse == sparse][:1]
+        while len(picks) < min(count, len(ranked)):
+            left = [i for i in ranked if i not in picks]
+            picks.append(left[min(int(self.random.geometric(PROMISING)), len(left)) - 1])
+        tried += [variants[i] for i in picks if variants[i] not in tried]
+        return [_Entry(variants[i], whats[i]) for i in picks]

@@ -1,0 +1,220 @@
+"""The latency model in use: which file, trained from which logs, and a network's prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from topiarist.compiler.choose import workload_of
+from topiarist.compiler.extract import extract_layers
+from topiarist.compiler.frontend import import_model
+from topiarist.compiler.graph import Conv, Graph
+from topiarist.compiler.prices import (
+    SPARSE_KERNELS,
+    Analytic,
+    Learned,
+    Price,
+    Pricer,
+    open_prices,
+)
+from topiarist.compiler.recorded import Device
+from topiarist.compiler.roofline import with_roofline
+from topiarist.compiler.runtime import versions
+from topiarist.compiler.simplify import simplify
+from topiarist.errors import CostModelError
+from topiarist.targets.detect import runs_here
+from topiarist.targets.spec import TargetSpec
+from topiarist.tuning_logs.cost_model import Dataset, LatencyModel
+from topiarist.tuning_logs.evaluate import (
+    Evaluation,
+    cross_validated,
+    evaluate_model,
+    leave_one_out,
+)
+from topiarist.tuning_logs.lines import Defect
+from topiarist.tuning_logs.record import Measured, now
+from topiarist.tuning_logs.roofline import Roofline
+from topiarist.tuning_logs.sources import is_folder, logs_in, user_folder
+from topiarist.tuning_logs.store import TuningLog
+
+MODEL_FILE = "latency.json"
+
+Evaluations = dict[str, dict[Measured, Evaluation]]
+
+
+def default_model(family: str, folder: Path | None = None) -> Path:
+    """Where the user's model for a target family is."""
+    return (user_folder() if folder is None else folder) / f"{family}-{MODEL_FILE}"
+
+
+def open_model(path: Path | None, family: str | None) -> LatencyModel:
+    """A model file, the user's for that family unless one is named. Raises CostModelError."""
+    return LatencyModel.load(default_model(family or "x86") if path is None else path)
+
+
+def read_logs(paths: Iterable[Path]) -> tuple[Dataset, NDArray[np.str_], list[Defect]]:
+    """The usable records of logs, the name of each one's log, and the lines that were skipped.
+
+    Folders stand for the logs in them. Raises TuningLogError, CostModelError for a path that is
+    not there.
+    """
+    parts, names, defects = [], [], []
+    for path in paths:
+        if not path.exists():
+            raise CostModelError(f"there is no tuning log {path}")
+        for file in logs_in(path) if is_folder(path) else [path]:
+            log = TuningLog(file)
+            data = Dataset.of(log.read())
+            parts.append(data)
+            names += [file.stem] * len(data)
+            defects += log.defects
+    return Dataset.joined(parts), np.array(names, np.str_), defects
+
+
+def evaluations(data: Dataset, groups: NDArray[np.str_]) -> Evaluations:
+    """The errors on records held out: a random part, then each log, if there are several."""
+    found: Evaluations = {"a fifth": cross_validated(data, SPARSE_KERNELS)}
+    if len({*groups.tolist()}) > 1:
+        found |= dict(leave_one_out(data, groups, SPARSE_KERNELS))
+    return found
+
+
+def evaluate_unseen(model: LatencyModel, data: Dataset) -> dict[Measured, Evaluation]:
+    """The errors on the records that the model was not trained on; the others give baselines."""
+    seen = model.has_seen(data)
+    if seen.all():
+        raise CostModelError(
+            "the model was trained on all of these records; give it others "
+            "(`topiarist model collect` measures new ones)"
+        )
+    return evaluate_model(model, data.where(seen), data.where(~seen), SPARSE_KERNELS)
+
+
+def card_of(data: Dataset, groups: NDArray[np.str_], errors: Evaluations) -> dict[str, Any]:
+    """What a model's user should know: its data, versions, errors beside baselines, and alpha."""
+    logs, counts = np.unique(groups, return_counts=True)
+    roofline = Roofline.fit(data, SPARSE_KERNELS)
+    return {
+        "created": now(),
+        "versions": versions(),
+        "records": len(data),
+        "in network": int(data.in_network.sum()),
+        "logs": {str(name): int(count) for name, count in zip(logs, counts, strict=True)},
+        "roofline": None if roofline is None else roofline.to_json(),
+        "errors": {
+            name: {measured: e.to_json() for measured, e in found.items()}
+            for name, found in errors.items()
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Source:
+    """What prices layers, and its name for people."""
+
+    pricer: Pricer
+    name: str
+
+
+def open_source(target: TargetSpec, threads: int, path: Path | None) -> Source:
+    """The named model; without a name the user's, if it covers the target; else the formula.
+
+    The formula needs the machine's peak and bandwidth, stated by the target or measured here.
+    Raises CostModelError if a named model covers another target, or none of these will do.
+    """
+    key = Device.here(target, threads).key
+    file = default_model(target.family) if path is None else path
+    if path is not None or file.exists():
+        model = LatencyModel.load(file)
+        if model.covers.target == key:
+            return Source(Learned(model), f"the latency model {file}")
+        if path is not None:
+            model.covers.check_target(key)
+    if runs_here(target) is None:
+        target = with_roofline(target)
+    if target.peak_gflops is None or target.bandwidth_gbs is None:
+        raise CostModelError(
+            f"{target.name}: there is neither a latency model nor a record, and this machine can't "
+            "run its code. Measure on the device (`topiarist model collect`), train "
+            "(`topiarist model train`), and name the model with --model"
+        )
+    roofline = Roofline.of_peak(target.peak_gflops, target.bandwidth_gbs)
+    return Source(Analytic(roofline), "the analytic formula, for want of a latency model")
+
+
+@dataclass(frozen=True)
+class PredictedLayer:
+    """A layer with the zeros it has, and its price."""
+
+    layer: str
+    density: float
+    pattern: str
+    price: Price
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The layers with weights in the best layouts; other work is not in the sums."""
+
+    layers: tuple[PredictedLayer, ...]
+    source: str
+
+    @property
+    def total_us(self) -> float:
+        """The sum of the layers."""
+        return sum(layer.price.run_us for layer in self.layers)
+
+    @property
+    def dense_us(self) -> float:
+        """The sum with the best dense kernels."""
+        return sum(layer.price.dense_us for layer in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        sums = {"total_us": self.total_us, "dense_us": self.dense_us}
+        layers = [
+            {"layer": p.layer, "density": p.density, "pattern": p.pattern, **p.price.to_json()}
+            for p in self.layers
+        ]
+        return {"source": self.source, **sums, "layers": layers}
+
+
+def predict_network(
+    model: Path, target: TargetSpec, threads: int = 1, latency_model: Path | None = None
+) -> Prediction:
+    """What each layer of an ONNX file takes, predicted. Raises ModelError, CostModelError."""
+    source = open_source(target, threads, latency_model)
+    graph = _graph(model)
+    prices = open_prices(graph, target, threads, source.pricer)[0]
+    layers = []
+    for name, node in prices.layers.items():
+        pattern = workload_of(node, graph).sparsity.pattern if isinstance(node, Conv) else "-"
+        density = float(np.count_nonzero(node.weight)) / node.weight.size
+        layers.append(PredictedLayer(name, density, pattern, prices.price(name)))
+    return Prediction(tuple(layers), source.name)
+
+
+def explain_network(
+    model: Path,
+    target: TargetSpec,
+    threads: int,
+    latency_model: Path | None,
+    layer: str | None,
+    count: int,
+) -> dict[str, list[tuple[str, float]]]:
+    """For each layer the features that move its prediction most, with their factors."""
+    found = open_model(latency_model, target.family)
+    prices = open_prices(_graph(model), target, threads, Learned(found))[0]
+    if layer is not None and layer not in prices.layers:
+        raise CostModelError(f"no layer is called {layer}; `topiarist inspect` lists them")
+    names = [layer] if layer is not None else list(prices.layers)
+    return {name: found.contributions(prices.price(name).what, count) for name in names}
+
+
+def _graph(model: Path) -> Graph:
+    return simplify(extract_layers(import_model(model)))

@@ -1,0 +1,365 @@
+"""The latency model: XGBoost regression of a kernel's time, learned from tuning records.
+
+It predicts microseconds, not ranks, so that layers, patterns and targets can be compared and added
+up. The time of a kernel alone is learned first, as a correction of a count of cycles; what a
+network adds to it (inputs that the layer before left in another cache) is learned on top, with few
+and small trees, since times in a network scatter. A third regression learns how far times exceed
+the prediction, for those who have to keep a promise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from topiarist.errors import CostModelError
+from topiarist.tuning_logs import features as feature_set
+from topiarist.tuning_logs.features import Features, columns_of, features, table
+from topiarist.tuning_logs.record import Measured, MeasureInput, TargetKey, TuningRecord
+
+Floats = NDArray[np.float64]
+
+FORMAT = "topiarist latency model"
+SCHEMA = 1
+UPPER = 0.9  # the quantile of the third regression
+LEAST = 100  # records to train from
+FOLDS = 3
+ID_DIGITS = 10  # of a key: two of a million records share them once in a while
+_CYCLES = "log_cycles"
+_COMMON = {"tree_method": "hist", "seed": 0, "subsample": 0.8, "nthread": 1}
+_ALONE = _COMMON | {
+    "objective": "reg:squarederror",
+    "max_depth": 7,
+    "eta": 0.08,
+    "colsample_bytree": 0.4,
+    "min_child_weight": 2,
+}
+_IN_NETWORK = _COMMON | {
+    "objective": "reg:squarederror",
+    "max_depth": 4,
+    "eta": 0.05,
+    "colsample_bytree": 0.4,
+    "min_child_weight": 20,
+}
+_UPPER = _COMMON | {
+    "objective": "reg:quantileerror",
+    "quantile_alpha": UPPER,
+    "max_depth": 3,
+    "eta": 0.1,
+    "min_child_weight": 20,
+}
+ROUNDS = {"alone": 400, "in network": 80, "upper": 40}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Candidates as rows of features, whether they ran in a network, and their microseconds."""
+
+    inputs: tuple[MeasureInput, ...]
+    rows: tuple[Features, ...]
+    in_network: NDArray[np.bool_]
+    run_us: Floats
+
+    @staticmethod
+    def of(records: Iterable[TuningRecord]) -> Dataset:
+        """The records of single kernels that have a valid time and were not disturbed.
+
+        Of repeated measurements the median counts.
+        """
+        found: dict[tuple[str, Measured], tuple[MeasureInput, list[float]]] = {}
+        for record in records:
+            if record.status == "ok" and not record.disturbed and record.input.kernel != "network":
+                key = record.input.key, record.measured
+                found.setdefault(key, (record.input, []))[1].append(record.run_us)
+        return Dataset(
+            tuple(what for what, _ in found.values()),
+            tuple(features(what) for what, _ in found.values()),
+            np.array([measured == "in network" for _, measured in found], np.bool_),
+            np.array([np.median(times) for _, times in found.values()], np.float64),
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[Dataset]) -> Dataset:
+        """One after the other."""
+        return Dataset(
+            tuple(what for part in parts for what in part.inputs),
+            tuple(row for part in parts for row in part.rows),
+            np.concatenate([np.zeros(0, np.bool_), *(part.in_network for part in parts)]),
+            np.concatenate([np.zeros(0), *(part.run_us for part in parts)]),
+        )
+
+    @property
+    def ids(self) -> list[str]:
+        """A short text per candidate that tells it from others, also alone from in a network."""
+        return [
+            what.key[:ID_DIGITS] + ("n" if in_network else "")
+            for what, in_network in zip(self.inputs, self.in_network, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def where(self, chosen: NDArray[np.bool_]) -> Dataset:
+        """A part of it."""
+        at = np.flatnonzero(chosen)
+        return Dataset(
+            tuple(self.inputs[i] for i in at),
+            tuple(self.rows[i] for i in at),
+            self.in_network[at],
+            self.run_us[at],
+        )
+
+
+def layer_of(what: MeasureInput) -> str:
+    """A layer's geometry as text: what candidates share that differ in zeros, kernel and layout."""
+    names = ("in_channels", "height", "width", "out_channels", "kernel", "strides", "groups")
+    w = what.workload
+    return json.dumps([w.get(name) for name in names] if "in_channels" in w else dict(w))
+
+
+class LatencyModel:
+    """Predicts microseconds of candidates on the target that it was trained for."""
+
+    def __init__(
+        self,
+        columns: Sequence[str],
+        boosters: Mapping[str, Any],
+        covers: Covers,
+        card: Mapping[str, Any],
+        seen: Iterable[str] = (),
+    ) -> None:
+        self.columns = list(columns)
+        self.covers = covers
+        self.card = dict(card)
+        self.seen = frozenset(seen)
+        self._boosters = dict(boosters)
+
+    @staticmethod
+    def train(data: Dataset, card: Mapping[str, Any] | None = None) -> LatencyModel:
+        """Learn from records. Raises CostModelError if they are too few or of several targets."""
+        covers = Covers.of(data.inputs)
+        if len(data) < LEAST:
+            raise CostModelError(
+                f"{len(data)} usable records are too few to learn from, {LEAST} are the least and "
+                "thousands are needed for a good model: `topiarist model collect` measures them"
+            )
+        columns = columns_of(data.rows)
+        matrix = table(data.rows, columns)
+        boosters = _fit(matrix, columns, data)
+        boosters["upper"] = _fit_upper(matrix, columns, data)
+        return LatencyModel(columns, boosters, covers, card or {}, data.ids)
+
+    def has_seen(self, data: Dataset) -> NDArray[np.bool_]:
+        """Which of the candidates the model was trained on."""
+        return np.array([name in self.seen for name in data.ids], np.bool_)
+
+    def predict_us(self, inputs: Sequence[MeasureInput], measured: Measured) -> Floats:
+        """The expected microseconds of each candidate, alone or in a network.
+
+        Raises CostModelError, naming it, for a candidate that the model does not cover.
+        """
+        return self.predict_rows_us(self._rows(inputs), measured)
+
+    def upper_us(self, inputs: Sequence[MeasureInput], measured: Measured) -> Floats:
+        """What a candidate takes at most in nine of ten cases, in microseconds."""
+        rows = self._rows(inputs)
+        return self.predict_rows_us(rows, measured) * np.exp(self._predict("upper", rows))
+
+    def predict_rows_us(self, rows: NDArray[np.float32], measured: Measured) -> Floats:
+        """As `predict_us`, of rows of `columns`."""
+        found = rows[:, self.columns.index(_CYCLES)].astype(np.float64)
+        found += self._predict("alone", rows)
+        if measured == "in network":
+            found += self._predict("in network", rows)
+        return np.exp(found)
+
+    def contributions(self, what: MeasureInput, count: int) -> list[tuple[str, float]]:
+        """The features that move the prediction most, with the factor of each."""
+        import xgboost
+
+        data = xgboost.DMatrix(self._rows([what]))
+        shares = self._boosters["alone"].predict(data, pred_contribs=True)[0][:-1]
+        order = np.argsort(-np.abs(shares), kind="stable")[:count]
+        return [(self.columns[i], math.exp(float(shares[i]))) for i in order]
+
+    def _rows(self, inputs: Sequence[MeasureInput]) -> NDArray[np.float32]:
+        for what in inputs:
+            self.covers.check(what)
+        return table([features(what) for what in inputs], self.columns)
+
+    def _predict(self, name: str, rows: NDArray[np.float32]) -> Floats:
+        booster = self._boosters.get(name)
+        if booster is None or not len(rows):
+            return np.zeros(len(rows))
+        import xgboost
+
+        return np.asarray(booster.predict(xgboost.DMatrix(rows)), np.float64)
+
+    def save(self, path: Path) -> None:
+        """Write one JSON file. Raises OSError."""
+        boosters = {
+            name: json.loads(bytes(booster.save_raw("json")))
+            for name, booster in self._boosters.items()
+        }
+        document = {
+            "format": FORMAT,
+            "schema": SCHEMA,
+            "features": feature_set.VERSION,
+            "columns": self.columns,
+            "covers": self.covers.to_json(),
+            "card": self.card,
+            "boosters": boosters,
+            "seen": sorted(self.seen),
+        }
+        part = path.with_name(f".{path.name}.part")
+        try:
+            part.write_text(json.dumps(document, separators=(",", ":"), sort_keys=True) + "\n")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @staticmethod
+    def load(path: Path) -> LatencyModel:
+        """Read what `save` wrote. Raises CostModelError saying what is wrong with it."""
+        try:
+            document = json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise CostModelError(f"there is no latency model {path}") from error
+        except (OSError, ValueError) as error:
+            raise CostModelError(f"{path} is no latency model: {error}") from error
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise CostModelError(f"{path} is no latency model")
+        if document.get("schema") != SCHEMA or document.get("features") != feature_set.VERSION:
+            raise CostModelError(
+                f"{path} was made by another version of topiarist, for other features: train it "
+                "again (`topiarist model train`)"
+            )
+        try:
+            boosters = {name: _booster(value) for name, value in document["boosters"].items()}
+            columns = [str(name) for name in document["columns"]]
+            covers = Covers.from_json(document["covers"])
+            if "alone" not in boosters or _CYCLES not in columns:
+                raise ValueError("it lacks a part")
+            seen = map(str, document["seen"])
+            return LatencyModel(columns, boosters, covers, dict(document["card"]), seen)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CostModelError(f"{path} is a broken latency model: {error}") from error
+
+
+@dataclass(frozen=True)
+class Covers:
+    """What a model was trained for: one target, one TVM, kernels of these versions."""
+
+    target: TargetKey
+    tvm: str
+    kernels: Mapping[str, int]
+
+    @staticmethod
+    def of(inputs: Sequence[MeasureInput]) -> Covers:
+        """What records have in common. Raises CostModelError if it isn't one target and TVM."""
+        targets = sorted({what.target_key for what in inputs})
+        tvms = sorted({what.versions["apache-tvm"] for what in inputs})
+        kernels = {(what.kernel, what.kernel_version) for what in inputs}
+        if len(targets) != 1 or len(tvms) != 1 or len(dict(kernels)) != len(kernels):
+            raise CostModelError(
+                "a model learns from one target, one TVM and one version of each kernel; these "
+                f"records have {len(targets)} target(s) ({'; '.join(targets)}), TVM "
+                f"{', '.join(tvms)} and kernels "
+                + ", ".join(f"{name} {version}" for name, version in sorted(kernels))
+            )
+        return Covers(inputs[0].target, tvms[0], dict(kernels))
+
+    def check(self, what: MeasureInput) -> None:
+        """Raises CostModelError if a candidate is for something else."""
+        self.check_target(what.target)
+        tvm = what.versions["apache-tvm"]
+        if tvm != self.tvm:
+            raise CostModelError(f"the latency model is for TVM {self.tvm}, not for {tvm}")
+        known = self.kernels.get(what.kernel)
+        if known is not None and known != what.kernel_version:
+            raise CostModelError(
+                f"the latency model knows version {known} of {what.kernel}, not version "
+                f"{what.kernel_version}: train it again"
+            )
+
+    def check_target(self, target: TargetKey) -> None:
+        """Raises CostModelError for another target."""
+        if target != self.target:
+            raise CostModelError(
+                f"the latency model is for {self.target}, not for {target}: train one from "
+                "records of that target (`topiarist model collect`, `topiarist model train`)"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {"target": asdict(self.target), "tvm": self.tvm, "kernels": dict(self.kernels)}
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Covers:
+        """The inverse of `to_json`. Raises KeyError, TypeError or ValueError."""
+        kernels = {str(name): int(version) for name, version in values["kernels"].items()}
+        return Covers(TargetKey(**values["target"]), str(values["tvm"]), kernels)
+
+
+def _fit(matrix: NDArray[np.float32], columns: Sequence[str], data: Dataset) -> dict[str, Any]:
+    """The regressions of the time alone and of what a network adds.
+
+    Where nothing was timed alone, the first learns from times in networks.
+    """
+    scale = matrix[:, columns.index(_CYCLES)].astype(np.float64)
+    labels = np.log(data.run_us) - scale
+    alone = ~data.in_network if not data.in_network.all() else data.in_network
+    boosters = {"alone": _train("alone", _ALONE, matrix[alone], labels[alone])}
+    if not alone.all():
+        import xgboost
+
+        rest = matrix[~alone]
+        base = np.asarray(boosters["alone"].predict(xgboost.DMatrix(rest)), np.float64)
+        boosters["in network"] = _train("in network", _IN_NETWORK, rest, labels[~alone] - base)
+    return boosters
+
+
+def _fit_upper(matrix: NDArray[np.float32], columns: Sequence[str], data: Dataset) -> Any:
+    """How far times exceed predictions by models that have not seen the layer."""
+    layers = {layer: i for i, layer in enumerate(sorted({layer_of(what) for what in data.inputs}))}
+    fold = np.array([layers[layer_of(what)] % FOLDS for what in data.inputs])
+    errors = np.zeros(len(data))
+    for k in range(FOLDS):
+        test = fold == k
+        if not test.any() or test.all() or len(data) - test.sum() < LEAST // 2:
+            continue
+        seen = data.where(~test)
+        part = LatencyModel(columns, _fit(matrix[~test], columns, seen), Covers.of(seen.inputs), {})
+        for in_network in (False, True):
+            at = test & (data.in_network == in_network)
+            measured: Measured = "in network" if in_network else "alone"
+            errors[at] = np.log(data.run_us[at] / part.predict_rows_us(matrix[at], measured))
+    return _train("upper", _UPPER, matrix, errors)
+
+
+def _train(
+    name: str, settings: Mapping[str, Any], rows: NDArray[np.float32], labels: Floats
+) -> Any:
+    import xgboost
+
+    start = {"base_score": float(np.mean(labels))}
+    data = xgboost.DMatrix(rows, label=labels)
+    return xgboost.train({**settings, **start}, data, num_boost_round=ROUNDS[name])
+
+
+def _booster(document: Any) -> Any:
+    import xgboost
+
+    booster = xgboost.Booster()
+    try:
+        booster.load_model(bytearray(json.dumps(document).encode()))
+    except xgboost.core.XGBoostError as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+    return booster
