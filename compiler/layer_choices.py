@@ -37,7 +37,7 @@ _KINDS: dict[type[Node], str] = {
     GlobalPool: "pooling",
     Opaque: "other operator",
     Pool: "pooling",
-    Subsample: "copy of every so-many pixels",
+    Subsample: "strided copy",
 }
 _MOVE = "change of layout"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 Format = Callable[[float], str]
@@ -15,10 +15,14 @@ _LINE = 13.0
 
 @dataclass(frozen=True)
 class Tick:
-    """A mark on an axis: where, as a share of its length, and what it says."""
+    """A mark on an axis: where, as a share of its length, and what it says.
+
+    A `minor` one may do without its label where space is short.
+    """
 
     at: float
     label: str
+    minor: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,10 @@ class Axis:
     @property
     def ticks(self) -> list[Tick]:
         """The axis' marks."""
-        return [Tick(self.at(value), self.text(value)) for value in self.values]
+        major = [value for value in self.values if math.log10(value) % 1 < 1e-6] if self.log else []
+        if len(major) < 2:
+            major = [self.values[0], self.values[-1]]
+        return [Tick(self.at(v), self.text(v), v not in major) for v in self.values]
 
 
 def linear_axis(values: Iterable[float], text: Format, *, zero: bool, steps: int = 4) -> Axis:
@@ -118,7 +125,7 @@ class Plot:
     @property
     def right(self) -> int:
         """The plotting area's right end."""
-        return self.width - 14
+        return self.width - 22
 
     @property
     def bottom(self) -> int:
@@ -152,16 +159,21 @@ class Plot:
         return Mark(self.x(point[0]), self.y(point[1]), family, title)
 
 
-def place_labels(plot: Plot, marks: Sequence[Mark], labels: Sequence[str]) -> list[Mark]:
-    """The marks with labels beside them where these cover nothing, and without where they would."""
+def place_labels(
+    plot: Plot, marks: Sequence[Mark], labels: Sequence[str], line: Sequence[Point]
+) -> list[Mark]:
+    """The marks with labels beside them, without where these would cover a mark or the line."""
     taken = [(m.x - 5, m.y - 5, m.x + 5, m.y + 5) for m in marks]
+    taken += [(x - 1, y - 1, x + 1, y + 1) for x, y in _along(plot, line)]
     placed = []
     for mark, label in zip(marks, labels, strict=True):
         width = len(label) * _CHARACTER
         found = ("", 0.0, 0.0, "start")
         for left, base, anchor in (
             (mark.x + 8, mark.y + 4, "start"),
+            (mark.x + 6, mark.y + 15, "start"),
             (mark.x - 8 - width, mark.y + 4, "end"),
+            (mark.x - 6 - width, mark.y - 6, "end"),
             (mark.x - width / 2, mark.y - 9, "middle"),
             (mark.x - width / 2, mark.y + 18, "middle"),
         ):
@@ -174,6 +186,14 @@ def place_labels(plot: Plot, marks: Sequence[Mark], labels: Sequence[str]) -> li
                 break
         placed.append(Mark(mark.x, mark.y, mark.family, mark.title, *found))
     return placed
+
+
+def _along(plot: Plot, line: Sequence[Point], step: float = 3.0) -> Iterator[Point]:
+    """Pixels on a line of values, `step` apart."""
+    pixels = [(plot.x(a), plot.y(b)) for a, b in line]
+    for (x0, y0), (x1, y1) in zip(pixels, pixels[1:], strict=False):
+        count = math.ceil(math.dist((x0, y0), (x1, y1)) / step) or 1
+        yield from ((x0 + (x1 - x0) * i / count, y0 + (y1 - y0) * i / count) for i in range(count))
 
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom

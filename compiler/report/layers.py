@@ -166,7 +166,7 @@ def knobs_text(config: Mapping[str, Any]) -> str:
         if value is True:
             parts.append(knob)
         elif value is not False and value is not None:
-            parts.append(f"{knob} {_knob(value)}")
+            parts.append(f"{knob}\N{NO-BREAK SPACE}{_knob(value)}")
     return ", ".join(parts)
 
 

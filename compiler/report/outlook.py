@@ -64,7 +64,7 @@ def _look(row: Row, density: float, curve: Curve) -> Step | Stay:
         return Step(row, density, next_density, now, next_us)
     later = next((d for d, us in sparser if us <= enough), None)
     if later is not None:
-        return Stay(row, f"The next level gains nothing; {axis_share(later)} nonzeros would.")
+        return Stay(row, f"It would pay only from {axis_share(later)} nonzeros on.")
     down_to = axis_share(sparser[-1][0])
     return Stay(row, f"No level down to {down_to} is predicted to be faster{_because(row)}.")
 

@@ -13,6 +13,7 @@ import jinja2
 
 from topiarist.compiler.bench import BenchResult
 from topiarist.compiler.bundle import read_manifest
+from topiarist.compiler.compiled import Conditions
 from topiarist.compiler.engines import OURS
 from topiarist.compiler.manifest import Manifest
 from topiarist.compiler.output_file import check_output, write_file
@@ -22,12 +23,13 @@ from topiarist.compiler.report.layers import FAMILIES, Row, rows_of
 from topiarist.compiler.report.outlook import outlook
 
 DISTURBED = 1.15  # the whole network over the sum of its parts, from which on one was disturbed
+SHOWN = 12  # layers to prune next; the others are a click away
 _ENGINES = {"ort": "ONNX Runtime", "openvino": "OpenVINO"}
-_TIMED = {
-    "alone": "timed alone",
-    "in network": "timed in the network",
-    "estimate": "by estimate",
-    "": "timed alike",
+_TIMED: dict[Conditions, tuple[str, str, str]] = {  # in a sentence, and as heads of columns
+    "alone": ("timed alone", "µs alone", "µs\u00a0dense, alone"),
+    "in network": ("timed in the network", "", "µs\u00a0dense, in network"),
+    "estimate": ("by estimate", "", "µs\u00a0dense, estimated"),
+    "": ("timed alike", "µs, timed alike", "µs\u00a0dense, timed alike"),
 }
 
 
@@ -99,6 +101,7 @@ def report_page(manifest: Manifest, bundle: str, details: Details | None = None)
         disturbed=_disturbed(manifest, rows),
         rows=rows,
         columns=_columns(rows),
+        heads=_heads(manifest, details.dense is not None),
         compared=_compared(manifest, details.dense is not None),
         estimated=any(row.estimated and row.us for row in rows),
         stages=pictures.stage_bars(rows, manifest.others),
@@ -117,6 +120,7 @@ def report_page(manifest: Manifest, bundle: str, details: Details | None = None)
         prediction=_prediction(rows),
         source=predictions.source,
         steps=steps,
+        shown=SHOWN,
         stays=stays,
         sweep=details.sweep,
         pareto=pictures.pareto(details.sweep) if details.sweep and details.sweep.points else None,
@@ -194,7 +198,7 @@ def _against_dense(
         return None
     ratio = sum(a or 0 for a, _ in both) / sum(b or 0 for _, b in both)
     how = _compared(manifest, dense is not None)
-    return Figure("Layers against their dense kernels", f"{ratio:.2f}×", f"added up, {how}")
+    return Figure("Against dense kernels", f"{ratio:.2f}×", f"its layers added up, {how}")
 
 
 def _against_engines(bench: BenchResult | None) -> list[Figure]:
@@ -265,10 +269,19 @@ def _columns(rows: Sequence[Row]) -> frozenset[str]:
 
 def _compared(manifest: Manifest, by_build: bool) -> str:
     """How the times were taken that dense and sparse are compared by."""
-    if by_build:
-        return "each in its network"
+    return "each in its network" if by_build else _TIMED[_timed(manifest)][0]
+
+
+def _timed(manifest: Manifest) -> Conditions:
     how = {layer.timed for layer in manifest.layers}
-    return _TIMED[how.pop()] if len(how) == 1 else _TIMED[""]
+    return how.pop() if len(how) == 1 else ""
+
+
+def _heads(manifest: Manifest, by_build: bool) -> tuple[str, str, str]:
+    """What the table's columns of times are called; "" where one would repeat the first."""
+    timed = _timed(manifest)
+    first = "µs, estimated" if timed == "estimate" else "µs in network"
+    return (first, "", "µs in dense build") if by_build else (first, *_TIMED[timed][1:])
 
 
 @dataclass(frozen=True)

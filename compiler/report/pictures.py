@@ -154,7 +154,7 @@ def dot_chart(rows: Sequence[Row]) -> DotChart | None:
         Dots(row, 100 * axis.at(own or axis.low), 100 * axis.at(dense or axis.low))
         for row, own, dense in both
     )
-    return DotChart(dots, tuple(Tick(100 * tick.at, tick.label) for tick in axis.ticks))
+    return DotChart(dots, tuple(replace(tick, at=100 * tick.at) for tick in axis.ticks))
 
 
 def curve_plot(curve: Curve, row: Row | None = None) -> Plot:
@@ -169,8 +169,8 @@ def curve_plot(curve: Curve, row: Row | None = None) -> Plot:
     small = row is not None
     plot = Plot(
         name=f"{row.layer if row else 'The whole network'}: predicted time over density",
-        width=190 if small else 480,
-        height=112 if small else 300,
+        width=190 if small else 420,
+        height=112 if small else 270,
         x_axis=_density_axis([d for d in densities if d > 0], small),
         y_axis=linear_axis(times, axis_time, zero=True, steps=2 if small else 5),
         x_label="" if small else "share of weights that are not zero",
@@ -205,8 +205,8 @@ def scatter(rows: Sequence[Row]) -> Plot | None:
     axis = log_axis([us for _, *pair in both for us in pair], axis_time)
     plot = Plot(
         name="Predicted against measured time of each layer",
-        width=480,
-        height=400,
+        width=420,
+        height=370,
         x_axis=axis,
         y_axis=axis,
         x_label="measured",
@@ -222,20 +222,20 @@ def scatter(rows: Sequence[Row]) -> Plot | None:
         )
         for row, us, predicted in both
     )
-    ends = (axis.low, axis.high)
-    band: list[Point] = [(end, end * (1 + BAND)) for end in ends]
-    band += [(end, end * (1 - BAND)) for end in reversed(ends)]
-    diagonal = plot.path((end, end) for end in ends)
-    return replace(plot, line=diagonal, band=plot.path(band), marks=marks)
+    low, high, up, down = axis.low, axis.high, 1 + BAND, 1 - BAND
+    above: list[Point] = [(low, low), (low, low * up), (high / up, high), (high, high)]
+    below: list[Point] = [(high, high * down), (low / down, low)]
+    diagonal = plot.path([(low, low), (high, high)])
+    return replace(plot, line=diagonal, band=plot.path(above + below), marks=marks)
 
 
 def pareto(sweep: Sweep) -> Plot:
-    """Accuracy over latency, the points joined in the order of their latency."""
-    points = sorted(sweep.points, key=lambda point: point.latency_us)
+    """Accuracy over latency; those points are joined that no other beats in both."""
+    points = sorted(sweep.points, key=lambda point: (point.latency_us, -point.accuracy))
     plot = Plot(
         name=f"{sweep.quantity} over latency",
-        width=480,
-        height=320,
+        width=420,
+        height=290,
         x_axis=linear_axis([p.latency_us for p in points], axis_time, zero=True),
         y_axis=linear_axis([p.accuracy for p in points], axis_share, zero=False),
         x_label="latency, measured",
@@ -251,7 +251,9 @@ def pareto(sweep: Sweep) -> Plot:
         )
         for p in points
     ]
-    line = plot.path((p.latency_us, p.accuracy) for p in points)
-    return replace(
-        plot, line=line, marks=tuple(place_labels(plot, marks, [p.label for p in points]))
-    )
+    best = [
+        p for i, p in enumerate(points) if all(p.accuracy > q.accuracy for q in points[:i])
+    ]
+    front = [(p.latency_us, p.accuracy) for p in best]
+    placed = place_labels(plot, marks, [p.label for p in points], front)
+    return replace(plot, line=plot.path(front), marks=tuple(placed))
