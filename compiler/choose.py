@@ -262,8 +262,7 @@ class Chooser:
         if len(known) < len(plans):
             return plans
         return [
-            replace(plan, total_us=us, network_us=us)
-            for plan, us in zip(plans, known, strict=True)
+            replace(plan, total_us=us, network_us=us) for plan, us in zip(plans, known, strict=True)
         ]
 
     def _conv(self, node: Conv, views: ConvViews) -> Choice | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -191,7 +192,7 @@ def place_labels(
 def _along(plot: Plot, line: Sequence[Point], step: float = 3.0) -> Iterator[Point]:
     """Pixels on a line of values, `step` apart."""
     pixels = [(plot.x(a), plot.y(b)) for a, b in line]
-    for (x0, y0), (x1, y1) in zip(pixels, pixels[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(pixels):
         count = math.ceil(math.dist((x0, y0), (x1, y1)) / step) or 1
         yield from ((x0 + (x1 - x0) * i / count, y0 + (y1 - y0) * i / count) for i in range(count))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -52,7 +53,7 @@ class Curve:
         points = self.points()
         if density >= points[0][0]:
             return points[0][1]
-        for (dense, slow), (sparse, fast) in zip(points, points[1:], strict=False):
+        for (dense, slow), (sparse, fast) in itertools.pairwise(points):
             if density >= sparse:
                 part = math.log(dense / density) / math.log(dense / sparse)
                 return slow + part * (fast - slow)

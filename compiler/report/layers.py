@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os.path
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +103,7 @@ def rows_of(
                 estimated=layer.run_us is None,
                 own_us=compared,
                 dense_us=others[i],
-                gain=others[i] / compared if others[i] and compared else None,
+                gain=_ratio(others[i], compared),
                 roofline=None if limits is None else limits.share,
                 bound="" if limits is None else limits.bound,
                 explanation=layer.explanation,
@@ -112,6 +111,10 @@ def rows_of(
             )
         )
     return rows
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None
 
 
 def _own_us(layer: LayerChoice) -> float | None:
@@ -176,6 +179,8 @@ def _knob(value: Any) -> str:
 
 def short_names(names: Sequence[str]) -> list[str]:
     """The names without the folders (`a/`, `a.`) that all of them begin with."""
-    common = os.path.commonprefix(list(names)) if len(names) > 1 else ""
+    first, last = min(names, default=""), max(names, default="")  # these have the least in common
+    same = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    common = first[: next(same, min(len(first), len(last)))] if first != last else ""
     cut = max(common.rfind("/"), common.rfind(".")) + 1
     return [name[cut:] or name for name in names]

@@ -111,7 +111,9 @@ def _by_kind(others: Sequence[OtherWork]) -> list[tuple[str, float]]:
 
 def sorted_bars(rows: Sequence[Row], others: Sequence[OtherWork]) -> list[Bar]:
     """A bar per layer and per kind of other work, the longest first and filling the width."""
-    pieces = [(row.us, row.short, row.family, row.index) for row in rows if row.us]
+    pieces: list[tuple[float, str, str, int | None]] = [
+        (row.us, row.short, row.family, row.index) for row in rows if row.us
+    ]
     pieces += [(us, kind, REST, None) for kind, us in _by_kind(others)]
     pieces.sort(key=lambda piece: -piece[0])
     total = sum(piece[0] for piece in pieces)
@@ -251,9 +253,7 @@ def pareto(sweep: Sweep) -> Plot:
         )
         for p in points
     ]
-    best = [
-        p for i, p in enumerate(points) if all(p.accuracy > q.accuracy for q in points[:i])
-    ]
+    best = [p for i, p in enumerate(points) if all(p.accuracy > q.accuracy for q in points[:i])]
     front = [(p.latency_us, p.accuracy) for p in best]
     placed = place_labels(plot, marks, [p.label for p in points], front)
     return replace(plot, line=plot.path(front), marks=tuple(placed))

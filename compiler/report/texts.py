@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 
 def us_text(us: float | None) -> str:
     """Microseconds as a column has them: `1360.6`, an en dash where nobody knows."""
@@ -11,7 +9,9 @@ def us_text(us: float | None) -> str:
 
 
 def time_text(us: float) -> str:
-    """With its unit, to three digits: `7.5 µs`, `254 µs`, `13.4 ms`."""
+    """With its unit, to three digits: `7.50 µs`, `254 µs`, `13.4 ms`."""
+    if us >= 999.5e3:
+        return f"{_digits(us / 1e6)} s"
     if us >= 999.5:
         return f"{_digits(us / 1e3)} ms"
     return f"{_digits(us)} µs"
@@ -52,8 +52,5 @@ def error_text(error: float | None) -> str:
 
 
 def _digits(value: float) -> str:
-    """Three digits, none after the point where there are as many before it."""
-    if value <= 0:
-        return "0"
-    after = max(0, 2 - math.floor(math.log10(value) + 1e-4))
-    return f"{value:.{min(after, 2)}f}"
+    """Three of them: `7.50`, `13.4`, `254`."""
+    return f"{value:#.3g}".rstrip(".")
