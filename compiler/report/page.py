@@ -98,7 +98,7 @@ def report_page(manifest: Manifest, bundle: str, details: Details | None = None)
         title=bundle if manifest.source is None else manifest.source.name,
         bundle=bundle,
         figures=figures(manifest, rows, details),
-        disturbed=_disturbed(manifest, rows),
+        disturbed=_disturbed(manifest),
         rows=rows,
         columns=_columns(rows),
         heads=_heads(manifest, details.dense is not None),
@@ -189,16 +189,19 @@ def _latency(manifest: Manifest, rows: Sequence[Row], bench: BenchResult | None)
 def _against_dense(
     manifest: Manifest, rows: Sequence[Row], dense: Manifest | None
 ) -> Figure | None:
-    if dense is not None and dense.network_us and manifest.network_us:
-        ratio = dense.network_us / manifest.network_us
-        took = f"which took {texts.time_text(dense.network_us)} when it was compiled"
-        name = "Faster than its dense build" if ratio >= 1 else "Against its dense build"
-        return Figure(name, f"{ratio:.2f}×", f"{took}; not timed in turns")
+    if dense is not None:
+        others = bool(dense.others and manifest.others)
+        theirs, ours = _parts_us(dense, others), _parts_us(manifest, others)
+        if theirs is None or ours is None:
+            return None
+        took = f"{texts.time_text(theirs)} against {texts.time_text(ours)}"
+        how = f"{took}: {'all parts' if others else 'layers'} added up, not timed in turns"
+        return Figure("Against its dense build", f"{theirs / ours:.2f}×", how)
     both = [(row.dense_us, row.own_us) for row in rows if row.dense_us and row.own_us]
     if not both:
         return None
     ratio = sum(a or 0 for a, _ in both) / sum(b or 0 for _, b in both)
-    how = _compared(manifest, dense is not None)
+    how = _compared(manifest, by_build=False)
     return Figure("Against dense kernels", f"{ratio:.2f}×", f"its layers added up, {how}")
 
 
@@ -246,12 +249,19 @@ def _layers_us(rows: Sequence[Row]) -> float | None:
     return sum(times) if times and len(times) == len(rows) else None
 
 
-def _disturbed(manifest: Manifest, rows: Sequence[Row]) -> tuple[float, float] | None:
-    """The network's time and that of its parts, where these disagree by more than noise."""
-    layers = _layers_us(rows)
-    if layers is None or not manifest.network_us or not manifest.others:
+def _parts_us(manifest: Manifest, others: bool) -> float | None:
+    """Layers, and `others`, the work without weights, added up; None where one wasn't timed."""
+    times = [layer.run_us for layer in manifest.layers if layer.run_us]
+    if not times or len(times) < len(manifest.layers):
         return None
-    added = layers + sum(work.run_us for work in manifest.others)
+    return sum(times) + sum(work.run_us for work in manifest.others if others)
+
+
+def _disturbed(manifest: Manifest) -> tuple[float, float] | None:
+    """The network's time and that of its parts, where these disagree by more than noise."""
+    added = _parts_us(manifest, others=True)
+    if added is None or not manifest.network_us or not manifest.others:
+        return None
     ratio = manifest.network_us / added
     return (manifest.network_us, added) if not 1 / DISTURBED < ratio < DISTURBED else None
 

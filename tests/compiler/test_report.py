@@ -273,14 +273,18 @@ def test_gains_compare_what_was_timed_alike() -> None:
 
 def test_gains_over_a_dense_build() -> None:
     """Both in their networks, where such a build is given."""
-    dense = dataclasses.replace(network(), network_us=900.0)
+    dense = network(network_us=900.0)
     layers = tuple(
-        dataclasses.replace(c, kernel="direct_dense", run_us=100.0) for c in dense.layers
+        dataclasses.replace(c, kernel="direct_dense", run_us=220.0) for c in dense.layers
     )
     dense = dataclasses.replace(dense, layers=layers)
-    assert [row.gain for row in rows_of(network().layers, layers)][1] == 2.0
+    assert [row.gain for row in rows_of(network().layers, layers)][1] == 4.4
     text = Page(report_page(network(), "net.topi", Details(dense=dense))).text
-    assert "2.00×" in text and "not timed in turns" in text and "µs alone" not in text
+    assert "2.00×" in text and "all parts added up, not timed in turns" in text
+    assert "µs alone" not in text and "µs in dense build" in text
+    dense = dataclasses.replace(dense, others=())
+    text = Page(report_page(network(), "net.topi", Details(dense=dense))).text
+    assert "880 µs against 430 µs: layers added up" in text
 
 
 def test_estimates_are_called_so() -> None:
