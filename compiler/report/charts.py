@@ -12,6 +12,7 @@ Point = tuple[float, float]
 
 _CHARACTER = 6.4  # pixels of one character of a label, about
 _LINE = 13.0
+MOST_MARKS = 9  # of an axis; with more, powers of ten alone
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def log_axis(values: Iterable[float], text: Format) -> Axis:
     if high <= low:
         high = 2 * low
     inside = [mark for mark in marks if low <= mark <= high]
-    if high / low > 100:
+    if len(inside) > MOST_MARKS:
         inside = [mark for mark in inside if math.log10(mark) % 1 < 1e-6]
     return Axis(low, high, tuple(inside), text, log=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ _FAMILY = {
     "dense_linear": "linear",
 }
 FULLY_CONNECTED = "fully connected"
+LONGEST = 20  # characters of a short name
 
 
 @dataclass(frozen=True)
@@ -178,9 +180,26 @@ def _knob(value: Any) -> str:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """The names without the folders (`a/`, `a.`) that all of them begin with."""
-    first, last = min(names, default=""), max(names, default="")  # these have the least in common
-    same = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    common = first[: next(same, min(len(first), len(last)))] if first != last else ""
-    cut = max(common.rfind("/"), common.rfind(".")) + 1
-    return [name[cut:] or name for name in names]
+    """The names without the folders that all begin with, or their end (`/Conv`), and not too long.
+
+    What is cut off is in front: `…e1/block0/conv2`, for the end is what tells layers apart.
+    """
+    cut = max(_common(names).rfind("/"), _common(names).rfind(".")) + 1
+    inner = [name[cut:] for name in names]
+    end = _common([name[::-1] for name in inner])[::-1]
+    drop = len(end) - end.find("/") if "/" in end else 0
+    shorts = [name[: len(name) - drop] for name in inner]
+    return [_tail(short or name) for short, name in zip(shorts, names, strict=True)]
+
+
+def _common(names: Sequence[str]) -> str:
+    """What all of several names begin with."""
+    if len(names) < 2:
+        return ""
+    first, last = min(names), max(names)  # these have the least in common
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return "".join(character for character, _ in pairs)
+
+
+def _tail(name: str) -> str:
+    return name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"

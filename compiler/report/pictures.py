@@ -93,7 +93,7 @@ def stage_bars(rows: Sequence[Row], others: Sequence[OtherWork]) -> list[Bar]:
         for us, family, name, label, index in pieces:
             width = 100 * us / scale
             title = f"{name}: {time_text(us)}, {share_text(us / total)}"
-            shown = label if width >= max(LABELLED, 0.75 * len(label)) else ""
+            shown = label if width >= max(LABELLED, 0.8 * len(label)) else ""
             segments.append(Segment(x, width, family, title, shown, index))
             x += width
         bars.append(Bar(stage, lengths[stage], lengths[stage] / total, tuple(segments)))

@@ -405,6 +405,9 @@ def test_numbers_as_text() -> None:
     )
     assert short_names(["m/a/x", "m/b"]) == ["a/x", "b"]
     assert short_names(["m.a", "m."]) == ["a", "m."] and short_names(["one/two"]) == ["one/two"]
+    assert short_names(["m/a/Conv", "m/b/Conv"]) == ["a", "b"] and short_names([]) == []
+    (long, other) = short_names(["f/" + 30 * "x" + "y", "g"])
+    assert long == "…" + 18 * "x" + "y" and other == "g"
 
 
 def test_written_from_a_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
