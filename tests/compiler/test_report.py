@@ -504,7 +504,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
             ],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=True,
         )
         assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
