@@ -224,6 +224,8 @@ def _fill(folder: Path, compiled: CompiledModel, source: SourceModel | None) -> 
         files={name: _describe(folder / name) for name in (LIBRARY, WEIGHTS)},
         source=source,
         created=compiled.created,
+        network_us=compiled.network_us,
+        others=compiled.others,
     )
     (folder / MANIFEST).write_text(manifest.dumps(), encoding="utf-8")
 

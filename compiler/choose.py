@@ -93,13 +93,17 @@ class Choice:
 class Plan:
     """Layouts of all values and kernels of all convolutions and fully connected layers.
 
-    `total_us` is the sum of the layers' times and of the moves between layouts.
+    `total_us` is the sum of the layers' times and of the moves between layouts, or `network_us`:
+    what the whole network took in a trial, None where there was none. `calls_us` has the time of
+    each of the program's calls in that trial, where it was in this process.
     """
 
     layouts: LayoutPlan
     workloads: dict[str, ConvWorkload]
     choices: dict[str, Choice]
     total_us: float
+    network_us: float | None = None
+    calls_us: tuple[float, ...] = ()
 
     @property
     def settled(self) -> bool:
@@ -257,7 +261,9 @@ class Chooser:
         known = [us for us in times if us is not None]
         if len(known) < len(plans):
             return plans
-        return [replace(plan, total_us=us) for plan, us in zip(plans, known, strict=True)]
+        return [
+            replace(plan, total_us=us, network_us=us) for plan, us in zip(plans, known, strict=True)
+        ]
 
     def _conv(self, node: Conv, views: ConvViews) -> Choice | None:
         workload = self.workloads[node.name]

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from topiarist.compiler import cli_bundles, cli_latency, cli_logs, cli_models, cli_targets, cli_tune
+from topiarist.compiler import (
+    cli_bundles,
+    cli_latency,
+    cli_logs,
+    cli_models,
+    cli_report,
+    cli_targets,
+    cli_tune,
+)
 from topiarist.compiler.cli_output import (
     INTERRUPTED,
     Debug,
@@ -34,6 +42,7 @@ app.command("compile")(cli_models.compile_)
 app.command("verify")(cli_bundles.verify)
 app.command("bench")(cli_bundles.bench)
 app.command("run")(cli_bundles.run)
+app.command("report")(cli_report.report)
 
 
 def _print_version(wanted: bool) -> None:

@@ -40,7 +40,8 @@ def inspect_bundle(bundle: Path, as_json: bool) -> None:
     total = _total(manifest.layers)
     if as_json:
         fields = manifest.to_json()
-        keys = ("target", "threads", "versions", "inputs", "outputs", "layers")
+        keys = ("target", "threads", "versions", "inputs", "outputs", "layers", "others")
+        total["network_us"] = manifest.network_us
         print_json({"bundle": str(bundle), **{key: fields[key] for key in keys}, "total": total})
         return
     print_table(

@@ -20,8 +20,8 @@ from topiarist.compiler.cli_output import (
     print_json,
     print_table,
     say,
-    write_file,
 )
+from topiarist.compiler.output_file import write_file
 from topiarist.compiler.runtime import versions
 from topiarist.errors import MissingRecordsError, OutputError, TuningLogError
 from topiarist.targets import registry

@@ -20,9 +20,9 @@ from topiarist.compiler.cli_output import (
     print_table,
     progress_bar,
     say,
-    write_file,
 )
-from topiarist.errors import ModelError, OutputError
+from topiarist.compiler.output_file import check_output, write_file
+from topiarist.errors import ModelError
 from topiarist.targets import registry
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def prune(
     from topiarist.compiler.frontend import load_onnx
     from topiarist.pruning.one_shot import prune_model
 
-    _check_folder(output)
+    check_output(output)
     overrides = dict(parse_layer_density(text) for text in layer_density or [])
     pruned, layers = prune_model(
         load_onnx(model), density=density, pattern=pattern, layer_density=overrides
@@ -200,13 +200,6 @@ def parse_layer_density(text: str) -> tuple[str, float]:
     except ValueError:
         pass
     raise ValueError(f"--layer-density takes NAME=DENSITY such as conv1=0.5, got {text!r}")
-
-
-def _check_folder(output: Path) -> None:
-    if output.is_dir():
-        raise OutputError(f"{output} is a folder; name a file to write")
-    if not output.absolute().parent.is_dir():
-        raise OutputError(f"the folder {output.parent} of the output doesn't exist")
 
 
 @command

@@ -8,9 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Literal, ParamSpec
-from uuid import uuid4
 
 import typer
 from rich import box
@@ -19,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from topiarist.errors import MissingRecordsError, OutputError, TopiaristError, TuningLogError
+from topiarist.errors import MissingRecordsError, TopiaristError, TuningLogError
 
 FAILED, ERROR, MISSING, BROKEN_LOG, INTERRUPTED = 1, 2, 3, 4, 130  # exit codes
 
@@ -86,18 +84,6 @@ def complain(text: str) -> None:
 def say(text: str) -> None:
     """One line on stdout."""
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def write_file(output: Path, data: bytes) -> None:
-    """Write aside and rename: never half a file under its name."""
-    aside = output.with_name(f".{output.name}.{uuid4().hex[:8]}")
-    try:
-        aside.write_bytes(data)
-        aside.replace(output)
-    except OSError as error:
-        raise OutputError(f"can't write {output}: {error.strerror}") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def print_json(document: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ class TensorSignature:
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+
+Conditions = Literal["alone", "in network", "estimate", ""]
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,11 @@ class LayerChoice:
     """What one layer runs and why; goes into the manifest and the report.
 
     `run_us` is the time measured during the choice, None where nothing was measured.
-    `candidates` holds (kernel and config, microseconds) of everything that was timed. `limits` is
-    None where nothing was measured; `explanation` tells all of it in sentences.
+    `candidates` holds (kernel and config, microseconds) of everything that was timed; `timed` says
+    how, so that only these are compared with each other. `limits` is None where nothing was
+    measured; `explanation` tells all of it in sentences. `weight_shape` is [O, C / groups, kh, kw]
+    or [M, K], `output_shape` [N, C, H, W] or [N, M]. Older bundles have neither shapes nor
+    `pattern` nor `timed`: these are empty then.
     """
 
     layer: str
@@ -59,6 +65,21 @@ class LayerChoice:
     candidates: tuple[tuple[str, float], ...] = ()
     limits: LayerLimits | None = None
     explanation: tuple[str, ...] = ()
+    weight_shape: tuple[int, ...] = ()
+    output_shape: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    groups: int = 1
+    pattern: str = ""
+    timed: Conditions = ""
+
+
+@dataclass(frozen=True)
+class OtherWork:
+    """What runs besides the layers with weights: a pooling, a copy into another layout, ..."""
+
+    name: str
+    kind: str
+    run_us: float
 
 
 @dataclass(frozen=True)
@@ -68,6 +89,8 @@ class CompiledModel:
     `executable` is a TVM executable (`export_library(path)`) with one VM function
     `main(input_0, ..., params) -> Tensor | Array[Tensor]`; `params` is an Array of the flat
     tensors in `params`, in that order. Data pointers of inputs and params are 64-byte aligned.
+    `network_us` is what all calls together took when the whole network was last timed, None where
+    it never was; `others` what besides `layers` ran then, empty where no call was timed by itself.
     `skipped` names lines of tuning logs that could not be read.
     """
 
@@ -79,4 +102,6 @@ class CompiledModel:
     threads: int
     layers: tuple[LayerChoice, ...] = field(default=())
     created: str = ""  # UTC, ISO 8601
+    network_us: float | None = None
+    others: tuple[OtherWork, ...] = ()
     skipped: tuple[str, ...] = ()

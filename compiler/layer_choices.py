@@ -9,14 +9,37 @@ from typing import Any
 import numpy as np
 
 from topiarist.compiler.choose import Choice, Plan, conv_views
-from topiarist.compiler.compiled import LayerChoice
+from topiarist.compiler.compiled import Conditions, LayerChoice, OtherWork
 from topiarist.compiler.explain import KernelTime, LayerFacts, explain, limits_of
-from topiarist.compiler.graph import Conv, Graph, Linear
+from topiarist.compiler.graph import (
+    Add,
+    Affine,
+    Concat,
+    Conv,
+    GlobalPool,
+    Graph,
+    Linear,
+    Node,
+    Opaque,
+    Pool,
+    Subsample,
+)
 from topiarist.compiler.program import Program
+from topiarist.pruning.patterns import find_pattern
 from topiarist.schedules.layout import View
 from topiarist.targets.spec import TargetSpec
 
 FLOAT_BYTES = 4
+_KINDS: dict[type[Node], str] = {
+    Add: "addition",
+    Affine: "scale or activation",
+    Concat: "concatenation",
+    GlobalPool: "pooling",
+    Opaque: "other operator",
+    Pool: "pooling",
+    Subsample: "strided copy",
+}
+_MOVE = "change of layout"
 
 
 def layer_choices(
@@ -52,9 +75,38 @@ def layer_choices(
                 candidates=tuple((str(c), round(c.run_us, 2)) for c in choice.timed),
                 limits=limits,
                 explanation=explain(facts, limits),
+                weight_shape=node.weight.shape,
+                output_shape=shape,
+                strides=node.strides if isinstance(node, Conv) else (),
+                groups=node.groups if isinstance(node, Conv) else 1,
+                pattern=_pattern(node, plan),
+                timed=_conditions(choice),
             )
         )
     return choices
+
+
+def _pattern(node: Conv | Linear, plan: Plan) -> str:
+    if isinstance(node, Conv):
+        return plan.workloads[node.name].sparsity.pattern
+    return str(find_pattern(node.weight[:, :, None, None]))
+
+
+def _conditions(choice: Choice) -> Conditions:
+    if not choice.chosen.measured:
+        return "estimate"
+    return "in network" if choice.settled else "alone"
+
+
+def other_work(graph: Graph, plan: Plan, program: Program) -> list[OtherWork]:
+    """What ran besides the layers with weights when the network was timed, call by call."""
+    nodes = {node.name: node for node in graph.nodes}
+    times: dict[str, float] = {}
+    for call, us in zip(program.calls, plan.calls_us, strict=bool(plan.calls_us)):
+        if not isinstance(nodes.get(call.layer), Conv | Linear):
+            times[call.layer] = times.get(call.layer, 0.0) + us
+    kinds = {name: _KINDS.get(type(node), _MOVE) for name, node in nodes.items()}
+    return [OtherWork(name, kinds.get(name, _MOVE), round(us, 2)) for name, us in times.items()]
 
 
 def layer_facts(node: Conv | Linear, choice: Choice, plan: Plan) -> LayerFacts:

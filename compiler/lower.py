@@ -141,8 +141,9 @@ class _Lowering:
         batch = self._batch(value)
         name, tables = move(self.parts, source.view, to.view, batch)
         self._use(name)
+        layout = to.view.layout if isinstance(to.view, ChannelView) else to.view
         self._call(
-            f"{value} to {to.view}", name, self._flat(source, value), *tables, self._flat(to, value)
+            f"{value} to {layout}", name, self._flat(source, value), *tables, self._flat(to, value)
         )
 
     def _conv(self, node: Conv) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from topiarist.compiler.compiled import LayerChoice, LayerLimits, TensorSignature
+from topiarist.compiler.compiled import LayerChoice, LayerLimits, OtherWork, TensorSignature
 from topiarist.targets.spec import TargetSpec
 
 FORMAT = "topiarist-bundle"
 SCHEMA = 2  # 2: layers have `limits` and `explanation`
+_SHAPES = ("weight_shape", "output_shape", "strides")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Manifest:
     files: dict[str, FileEntry]
     source: SourceModel | None
     created: str  # UTC, ISO 8601
+    network_us: float | None = None
+    others: tuple[OtherWork, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain JSON values."""
@@ -96,6 +99,8 @@ def parse(data: dict[str, Any]) -> Manifest:
         files={name: FileEntry(**entry) for name, entry in data["files"].items()},
         source=None if source is None else SourceModel(**source),
         created=data["created"],
+        network_us=data.get("network_us"),
+        others=tuple(OtherWork(**entry) for entry in data.get("others", ())),
     )
 
 
@@ -109,6 +114,7 @@ def _layer(entry: dict[str, Any]) -> LayerChoice:
         "candidates": tuple((name, us) for name, us in entry["candidates"]),
         "limits": None if limits is None else LayerLimits(**limits),
         "explanation": tuple(entry["explanation"]),
+        **{key: tuple(entry[key]) for key in _SHAPES if key in entry},
     }
     return LayerChoice(**{**entry, **typed})
 

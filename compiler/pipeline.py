@@ -15,7 +15,7 @@ from topiarist.compiler.compiled import CompiledModel, TensorSignature
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
 from topiarist.compiler.graph import Graph
-from topiarist.compiler.layer_choices import layer_choices
+from topiarist.compiler.layer_choices import layer_choices, other_work
 from topiarist.compiler.lower import lower
 from topiarist.compiler.memory import MemoryPlan, plan_memory
 from topiarist.compiler.parts import Parts
@@ -113,6 +113,8 @@ def compile_model(
         threads=threads,
         layers=tuple(layer_choices(graph, plan, program, spec, threads)),
         created=_last_recorded(plan) if strict else now(),
+        network_us=plan.network_us,
+        others=tuple(other_work(graph, plan, program)),
         skipped=tuple(map(str, recorded.logs.defects)) if recorded else (),
     )
     if dump_dir is not None:

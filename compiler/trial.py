@@ -68,7 +68,8 @@ def settle(
         best = _with_winners(plan, contests)
         tuned.append((best, lower(graph, best, parts)))
     progress("try in the network", len(plans), len(plans) + 1)
-    totals = [calls.sum() for calls in trial.compare([program for _, program in tuned])]
+    last = trial.compare([program for _, program in tuned])
+    totals = [calls.sum() for calls in last]
     winner = int(np.argmin(totals))
     progress("try in the network", len(plans) + 1, len(plans) + 1)
     if recorded is not None:
@@ -77,7 +78,9 @@ def settle(
             for (plan, _), total in zip(tuned, totals, strict=True)
         )
     plan, program = tuned[winner]
-    return replace(plan, total_us=float(totals[winner]) * 1e6), program
+    us = float(totals[winner]) * 1e6
+    calls_us = tuple(float(seconds) * 1e6 for seconds in last[winner])
+    return replace(plan, total_us=us, network_us=us, calls_us=calls_us), program
 
 
 def _finalists(choice: Choice) -> list[Candidate]:

@@ -107,6 +107,8 @@ def test_wheel_has_all_modules_and_nothing_bare(wheel):
         for path in (ROOT / folder).rglob("*.py")
     }
     data = {"topiarist/py.typed", f"topiarist/tuning_logs/{MEASURED}"}
+    templates = ("page.html", "charts.html", "style.css", "sort.js")
+    data |= {f"topiarist/compiler/report/{name}" for name in templates}
     assert expected | data <= set(names)
 
 

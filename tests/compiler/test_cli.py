@@ -120,6 +120,7 @@ def test_inspect_bundle(tiny_bundle: Path) -> None:
         "far_bytes": 0, "compute_us": 0.5, "memory_us": 0.0, "bound": "compute", "share": 0.3333
     }  # fmt: skip
     assert document["total"]["run_us"] == 1.5 and document["threads"] == 1
+    assert document["others"] == [] and document["total"]["network_us"] is None
     text = call("inspect", tiny_bundle).stdout
     assert "33.3 %" in text and "other_kernel 3 us" in text
     assert "scale: It is the only one." in text

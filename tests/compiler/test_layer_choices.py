@@ -61,9 +61,27 @@ def test_the_manifest_keeps_all_of_it(folder: Path, compiled: CompiledModel) -> 
         assert (kept.limits, kept.explanation) == (layer.limits, layer.explanation)
 
 
+def test_the_report_finds_what_it_needs(folder: Path, compiled: CompiledModel) -> None:
+    """Shapes and patterns of the layers, the network's time, and what else ran."""
+    manifest = read_manifest(folder / "model.topi")
+    stem, pruned, fc = manifest.layers
+    assert (stem.weight_shape, stem.output_shape) == ((16, 3, 3, 3), (1, 16, 16, 16))
+    assert (fc.weight_shape, fc.output_shape, fc.strides) == ((10, 16), (1, 10), ())
+    assert (stem.pattern, pruned.pattern, pruned.strides) == ("dense", "unstructured", (1, 1))
+    assert {layer.timed for layer in manifest.layers} == {"alone"}
+    assert manifest.others == compiled.others and manifest.network_us == compiled.network_us
+    kinds = [work.kind for work in manifest.others]
+    assert "pooling" in kinds and "change of layout" in kinds  # of the input, at least
+    assert all(work.run_us > 0 for work in manifest.others)
+    assert manifest.network_us is not None
+    assert manifest.network_us > sum(work.run_us for work in manifest.others)
+
+
 def test_estimates_have_no_limits(folder: Path) -> None:
     """Nothing was timed, so no share of anything."""
     compiled = compile_model(folder / "model.onnx", target="x86-avx2", measure=False)
     assert compiled.target.peak_gflops is None
     for layer in compiled.layers:
         assert layer.limits is None and "by estimate" in layer.explanation[0]
+        assert layer.timed == "estimate"
+    assert compiled.network_us is None and compiled.others == ()

@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from tests.compiler.test_tune import two_convs
+from topiarist.compiler.bundle import read_manifest
 from topiarist.compiler.cli import app
 from topiarist.compiler.cli_tune import parse_duration, parse_strategy
 from topiarist.targets import registry
@@ -85,6 +86,9 @@ def test_the_same_model_and_log_give_the_same_bytes(project: Path, tmp_path: Pat
     first = compiled(tmp_path / "one", project, "1")
     assert set(first) == {"lib.so", "weights.bin", "manifest.json"}
     assert compiled(tmp_path / "two", project, "2") == first
+    manifest = read_manifest(tmp_path / "one" / "model.topi")
+    assert manifest.network_us is not None and manifest.others == ()  # as the log has them
+    assert {layer.timed for layer in manifest.layers} == {"in network"}
 
 
 def strict(project: Path, log: Path, out: Path, *more: object) -> Result:

@@ -82,5 +82,7 @@ def test_real_times(two_layers: tuple[Graph, Parts, Plan]) -> None:
     graph, parts, plan = two_layers
     settled, program = settle(graph, [plan, plan], parts, nothing)
     assert settled.total_us > 0
+    assert settled.network_us == settled.total_us == pytest.approx(sum(settled.calls_us))
+    assert len(settled.calls_us) == len(program.calls)
     assert all(choice.chosen.run_us > 0 for choice in settled.choices.values())
     assert program.outputs
