@@ -35,3 +35,11 @@ class NewerLogError(TuningLogError):
 
 class MissingRecordsError(TopiaristError):
     """A tuning log that was named is not there, or lacks records that were needed."""
+
+
+class BudgetError(TopiaristError):
+    """A latency was asked for that no choice of levels reaches."""
+
+
+class ProfileError(TopiaristError):
+    """A profile, the file with a level for each layer, is missing or has a line that is wrong."""
