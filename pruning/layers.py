@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,12 +68,35 @@ def weighted_layers(model: onnx.ModelProto) -> list[WeightedLayer]:
     return layers
 
 
+def constant_arrays(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
+    """Value name -> array, for all constants of the main graph, Unsqueeze of a constant included.
+
+    Raises ModelError if one is in an external file that was not loaded.
+    """
+    found = {name: _to_array(c.tensor, c.name) for name, c in _constants(model.graph).items()}
+    for node in model.graph.node:
+        if node.op_type == "Unsqueeze" and all(name in found for name in node.input):
+            axes = attribute(node, "axes", None)
+            axes = found[node.input[1]].tolist() if axes is None else axes
+            found[node.output[0]] = np.expand_dims(found[node.input[0]], tuple(axes))
+    return found
+
+
 def attribute(node: Any, name: str, default: Any) -> Any:
     """The value of an ONNX attribute, or the default."""
     for item in node.attribute:
         if item.name == name:
             return onnx.helper.get_attribute_value(item)
     return default
+
+
+def read_inside(node: Any) -> Iterator[str]:
+    """The values that the bodies of a loop or a condition read."""
+    for item in node.attribute:
+        for graph in (item.g, *item.graphs):
+            for inner in graph.node:
+                yield from inner.input
+                yield from read_inside(inner)
 
 
 def replace_weights(model: onnx.ModelProto, weights: dict[str, NDArray[Any]]) -> None:
