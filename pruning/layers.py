@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -110,6 +111,35 @@ def replace_weights(model: onnx.ModelProto, weights: dict[str, NDArray[Any]]) ->
             replacement = numpy_helper.from_array(np.ascontiguousarray(array), tensor.name)
             replacement.doc_string = tensor.doc_string
             tensor.CopyFrom(replacement)
+
+
+def replace_inputs(graph: Any, inputs: Mapping[tuple[int, int], NDArray[Any]]) -> None:
+    """Give nodes other constants: in place where nobody else reads them, else under new names.
+
+    Places are (node, input), and may be one past a node's last input.
+    """
+    readers = Counter(value.name for value in graph.output)
+    readers.update(name for node in graph.node for name in (*node.input, *read_inside(node)))
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    listed = {value.name: value for value in graph.input}
+    nodes = list(graph.node)
+    for (index, number), array in inputs.items():
+        node = nodes[index]
+        if number == len(node.input):
+            node.input.append(f"{node.output[0]}_input_{number}")
+        name = node.input[number]
+        tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
+        if name not in stored or readers[name] > 1:
+            tensor.name = node.input[number] = _new_name(name, readers)
+            readers.update({tensor.name: 1, name: -1})
+            graph.initializer.append(tensor)
+            _drop_if_unread(graph, name, readers)
+            continue
+        tensor.doc_string = stored[name].doc_string
+        stored[name].CopyFrom(tensor)
+        if name in listed:
+            new = onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims)
+            listed[name].CopyFrom(new)
 
 
 @dataclass(frozen=True)
@@ -236,3 +266,28 @@ def _fill_sparse(tensor: Any, array: NDArray[Any]) -> None:
     positions = np.flatnonzero(flat).astype(np.int64)
     tensor.values.CopyFrom(numpy_helper.from_array(flat[positions], tensor.values.name))
     tensor.indices.CopyFrom(numpy_helper.from_array(positions, tensor.indices.name))
+
+
+def _new_name(name: str, taken: Mapping[str, int]) -> str:
+    """The name with a number that makes it new."""
+    number = 2
+    while f"{name}_{number}" in taken:
+        number += 1
+    return f"{name}_{number}"
+
+
+def _drop_if_unread(graph: Any, name: str, readers: Counter[str]) -> None:
+    """Remove a constant that nobody reads any more, and what only made it."""
+    if readers[name] > 0:
+        return
+    for sparse in [t for t in graph.sparse_initializer if t.values.name == name]:
+        graph.sparse_initializer.remove(sparse)
+    for tensor in [t for t in graph.initializer if t.name == name]:
+        graph.initializer.remove(tensor)
+    for value in [v for v in graph.input if v.name == name]:
+        graph.input.remove(value)
+    for node in [n for n in graph.node if name in n.output]:
+        graph.node.remove(node)
+        readers.subtract(node.input)
+        for source in node.input:
+            _drop_if_unread(graph, source, readers)
