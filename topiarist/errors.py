@@ -35,3 +35,7 @@ class NewerLogError(TuningLogError):
 
 class MissingRecordsError(TopiaristError):
     """A tuning log that was named is not there, or lacks records that were needed."""
+
+
+class CalibrationError(TopiaristError):
+    """Calibration images don't fit the model, are too few, or leave a layer without statistics."""
