@@ -81,7 +81,7 @@ def prune_model(
     method, density = _parse_method(pattern, density)
     layers = weighted_layers(model)
     overrides = _overrides(layers, dict(layer_density or {}), method)
-    kept = _reasons_to_keep(model, layers)
+    kept = reasons_to_keep(model, layers)
     report = []
     arrays: dict[str, Any] = {}
     for layer in _first_users(layers):
@@ -179,7 +179,7 @@ def _density(weight: NDArray[Any]) -> float:
     return float(np.count_nonzero(weight) / weight.size)
 
 
-def _reasons_to_keep(model: onnx.ModelProto, layers: list[WeightedLayer]) -> dict[str, str]:
+def reasons_to_keep(model: onnx.ModelProto, layers: list[WeightedLayer]) -> dict[str, str]:
     """Weight name -> why it stays dense unless it is named."""
     from_input = _values_before_any_layer(model, layers)
     users = _other_users(model, layers)

@@ -43,3 +43,7 @@ class BudgetError(TopiaristError):
 
 class ProfileError(TopiaristError):
     """A profile, the file with a level for each layer, is missing or has a line that is wrong."""
+
+
+class CalibrationError(TopiaristError):
+    """Calibration images don't fit the model, are too few, or leave a layer without statistics."""
