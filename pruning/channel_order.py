@@ -19,13 +19,15 @@ from numpy.typing import NDArray
 from topiarist.pruning.batch_scale import output_scale
 from topiarist.pruning.calibration import Images
 from topiarist.pruning.channels import ChannelGroup, ChannelMap, LayerChannels, Numbers
+from topiarist.pruning.cores import on_all_cores
 from topiarist.pruning.forward import chunks, run_chunks
 from topiarist.pruning.moments import damped, gather_moments
 
 Array = NDArray[np.float64]
 
 MOST_COLUMNS = 5000  # of a layer whose moments are gathered: 200 MB
-_ROUNDS = 64  # an eightieth of what is left goes at once from groups that are larger
+MOST_IMAGES = 256  # more change little: whole channels leave much for each statistic
+_ROUNDS = 64  # of a larger group this share of what is left goes at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,15 +83,17 @@ def obs_orders(
     groups = [group for group in channels.groups if group.reason_kept is None]
     names = {name for group in groups for name in group.consumers}
     readers = [item for item in channels.layers if item.layer.name in names]
-    states = _states(model, readers, images)
+    states = _states(model, readers, images.first(MOST_IMAGES))
+
+    def order(group: ChannelGroup) -> ChannelOrder:
+        own = [item for item in readers if item.layer.name in group.consumers]
+        return _greedy(
+            group, [_Part(states[item.layer.name], _columns(item, group)) for item in own]
+        )
+
     found = {}
-    for done, group in enumerate(groups, 1):
-        parts = [
-            _Part(states[item.layer.name], _columns(item, group))
-            for item in readers
-            if item.layer.name in group.consumers
-        ]
-        found[group.name] = _greedy(group, parts)
+    for done, result in enumerate(on_all_cores(order, groups), 1):
+        found[result.group] = result
         progress(done / len(groups))
     return found
 
@@ -174,9 +178,9 @@ class _Part:
         columns = self.columns[alive]
         weight = self.weight[:, columns].transpose(1, 0, 2)  # [alive, O, p]
         if self.inverse.ndim == 1:
-            return (
-                np.einsum("kop,kop,kp->k", weight, weight, 1 / self.inverse[columns]) / self.energy
-            )
+            squares = np.square(weight).sum(axis=1)
+            alone: Array = (squares / self.inverse[columns]).sum(axis=1) / self.energy
+            return alone
         blocks = np.linalg.inv(self.inverse[columns[:, :, None], columns[:, None, :]])
         gram = np.matmul(weight.transpose(0, 2, 1), weight)
         losses: Array = np.einsum("kpq,kpq->k", gram, blocks) / self.energy

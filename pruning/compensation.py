@@ -15,11 +15,14 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from topiarist.pruning.calibration import Arrays, Images
-from topiarist.pruning.channel_order import MOST_COLUMNS
+from topiarist.pruning.channel_order import MOST_COLUMNS, MOST_IMAGES
 from topiarist.pruning.channels import LayerChannels, Numbers, channel_map
+from topiarist.pruning.cores import on_all_cores
+from topiarist.pruning.correction import VALUE_BYTES
 from topiarist.pruning.forward import chunks, run_chunks
 from topiarist.pruning.layers import WeightedLayer, attribute, constant_arrays, replace_inputs
 from topiarist.pruning.moments import DAMPING, unfold
+from topiarist.pruning.segments import SegmentedRun
 
 Array = NDArray[np.float64]
 
@@ -37,28 +40,77 @@ def compensate(
     """
     channels = channel_map(model)
     mask = channels.mask(kept)
-    constants = constant_arrays(model)
-    nodes = {node.output[0]: index for index, node in enumerate(model.graph.node)}
     reading = [i for i in channels.layers if not i.depthwise and not mask[i.inputs].all()]
-    stay = {i.layer.name: _kept_columns(i, mask) for i in reading}
     fitted = onnx.ModelProto()
     fitted.CopyFrom(model)
-    without = {
-        (nodes[i.layer.node.output[0]], 1): i.layer.as_stored(_without(i.layer, stay[i.layer.name]))
-        for i in reading
-    }
-    replace_inputs(fitted.graph, without)
-    portions = chunks(model, images)
-    for done, item in enumerate(reading, 1):
-        layer, index = item.layer, nodes[item.layer.node.output[0]]
+    if not reading:
+        return fitted
+    stay = [_kept_columns(item, mask) for item in reading]
+    _take_away(fitted, [item.layer for item in reading], stay)
+    portions = _portions(model, reading, images)
+    runs = SegmentedRun(model, portions), SegmentedRun(fitted, portions)
+    for done, (item, columns) in enumerate(zip(reading, stay, strict=True), 1):
+        layer = item.layer
         if layer.weight[0].size <= MOST_COLUMNS:
-            weight, bias = _fit(layer, stay[layer.name], model, fitted, portions)
-            places = {(index, 1): layer.as_stored(weight)}
-            if layer.kind != "MatMul":
-                places[index, 2] = _new_bias(layer, constants, bias)
-            replace_inputs(fitted.graph, places)
+            for run in runs:
+                _advance_to(run, layer)
+            weight, gain = _fit(layer, columns, *(run.values for run in runs))
+            _put(fitted, layer, weight, gain)
         progress(done / len(reading))
     return fitted
+
+
+def _portions(
+    model: onnx.ModelProto, reading: Sequence[LayerChannels], images: Images
+) -> list[Arrays]:
+    """As many images as fit in memory while they go through the network."""
+    portions = chunks(model, images.first(MOST_IMAGES))
+    names = [item.layer.node.input[0] for item in reading]
+    first = next(run_chunks(model, portions[:1], names))
+    largest = max(array.nbytes for array in first.values())
+    return portions[: max(1, VALUE_BYTES // largest)]
+
+
+def _take_away(
+    model: onnx.ModelProto, layers: Sequence[WeightedLayer], stay: Sequence[NDArray[np.bool_]]
+) -> None:
+    """Zeros for what the layers no longer read, and a weight and a bias of their own for each."""
+    constants = constant_arrays(model)
+    places: dict[tuple[int, int], NDArray[Any]] = {}
+    for layer, columns in zip(layers, stay, strict=True):
+        index = _index(model, layer)
+        zero = layer.weight.dtype.type(0)
+        weight = np.where(columns.reshape(1, *layer.weight[0].shape), layer.weight, zero)
+        places[index, 1] = layer.as_stored(weight)
+        if layer.kind != "MatMul":
+            name = [*layer.node.input, ""][2]
+            old = constants[name].reshape(-1) if name else np.zeros(1, layer.weight.dtype)
+            places[index, 2] = np.broadcast_to(old, len(layer.weight))
+    replace_inputs(model.graph, places)
+
+
+def _advance_to(run: SegmentedRun, layer: WeightedLayer) -> None:
+    """Run what comes before the layer."""
+    name = layer.node.input[0]
+    if name not in run.values[0]:
+        made = [name in node.output for node in run.model.graph.node]
+        run.advance(made.index(True))
+
+
+def _put(model: onnx.ModelProto, layer: WeightedLayer, weight: NDArray[Any], gain: Array) -> None:
+    """Give the layer its new weight, and a bias that is larger by `gain`; Gemm scales both."""
+    index = _index(model, layer)
+    places = {(index, 1): layer.as_stored(weight)}
+    if layer.kind != "MatMul":
+        old = constant_arrays(model)[model.graph.node[index].input[2]]
+        alpha, beta = (attribute(layer.node, name, 1.0) for name in ("alpha", "beta"))
+        places[index, 2] = (old + gain * alpha / (beta or 1.0)).astype(old.dtype)
+    replace_inputs(model.graph, places)
+
+
+def _index(model: onnx.ModelProto, layer: WeightedLayer) -> int:
+    """The place of the layer's node, which moves when constants go."""
+    return [node.output[0] for node in model.graph.node].index(layer.node.output[0])
 
 
 def _kept_columns(item: LayerChannels, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -66,46 +118,51 @@ def _kept_columns(item: LayerChannels, mask: NDArray[np.bool_]) -> NDArray[np.bo
     return np.repeat(mask[item.inputs], item.layer.weight[0, 0].size)
 
 
-def _without(layer: WeightedLayer, stay: NDArray[np.bool_]) -> NDArray[Any]:
-    """The weight with zeros in the columns that go."""
-    return np.where(stay.reshape(layer.weight.shape[1:]), layer.weight, layer.weight.dtype.type(0))
-
-
 def _fit(
     layer: WeightedLayer,
     stay: NDArray[np.bool_],
-    whole: onnx.ModelProto,
-    cut: onnx.ModelProto,
-    portions: Sequence[Arrays],
+    whole: Sequence[Arrays],
+    cut: Sequence[Arrays],
 ) -> tuple[NDArray[Any], Array]:
     """The weight of the least squared error on the cut network's values, and what its bias gains.
 
     Damped towards the weight as it was. Without a bias to change, only the weight is fitted.
     """
-    name = layer.node.input[0]
-    has_bias = layer.kind != "MatMul"
-    kept = np.append(np.flatnonzero(stay), [stay.size] if has_bias else []).astype(np.intp)
-    square = np.zeros((kept.size, kept.size))
-    cross = np.zeros((stay.size + 1, kept.size))
-    places = 0
-    runs = zip(run_chunks(whole, portions, [name]), run_chunks(cut, portions, [name]), strict=True)
-    for before, after in runs:
-        x, reduced = _columns(layer, before[name]), _columns(layer, after[name])[kept]
-        square += reduced @ reduced.T
-        cross += x @ reduced.T
-        places += x.shape[1]
+    kept = np.flatnonzero(stay)
+    used = kept if layer.kind == "MatMul" else np.append(kept, stay.size)
+    square, cross = _products(layer, used, whole, cut)
     weight = layer.weight.astype(np.float64).reshape(len(layer.weight), -1)
-    start = np.zeros((len(weight), kept.size))
-    start[:, : np.count_nonzero(stay)] = weight[:, stay]
-    missing = (weight @ cross[:-1] - start @ square) / places
-    square /= places
-    damping = np.full(kept.size, DAMPING * float(np.diagonal(square).mean()) + 1e-12)
-    if has_bias:
-        damping[-1] = 0
+    start = np.zeros((len(weight), used.size))
+    start[:, : kept.size] = weight[:, kept]
+    damping = np.full(used.size, DAMPING * float(np.diagonal(square).mean()) + 1e-12)
+    damping[kept.size :] = 0
+    missing = weight @ cross[:-1] - start @ square
     start += linalg.solve(square + np.diag(damping), missing.T, assume_a="pos").T
     result = np.zeros_like(weight)
-    result[:, stay] = start[:, : np.count_nonzero(stay)]
-    return result.reshape(layer.weight.shape).astype(layer.weight.dtype), start[:, -1]
+    result[:, kept] = start[:, : kept.size]
+    gain: Array = start[:, -1]
+    return result.reshape(layer.weight.shape).astype(layer.weight.dtype), gain
+
+
+def _products(
+    layer: WeightedLayer, used: Numbers, whole: Sequence[Arrays], cut: Sequence[Arrays]
+) -> tuple[Array, Array]:
+    """Means of x x^T [used, used] in the cut network, and [c + 1, used] between the two."""
+    name = layer.node.input[0]
+
+    def multiply(number: int) -> tuple[Array, Array, int]:
+        after = _columns(layer, cut[number][name])[used]
+        before = _columns(layer, whole[number][name])
+        return after @ after.T, before @ after.T, after.shape[1]
+
+    square = np.zeros((used.size, used.size))
+    cross = np.zeros((layer.weight[0].size + 1, used.size))
+    places = 0
+    for own, between, count in on_all_cores(multiply, range(len(cut))):
+        square += own
+        cross += between
+        places += count
+    return square / places, cross / places
 
 
 def _columns(layer: WeightedLayer, values: NDArray[Any]) -> Array:
@@ -115,11 +172,3 @@ def _columns(layer: WeightedLayer, values: NDArray[Any]) -> Array:
     else:
         columns = values.reshape(-1, values.shape[-1]).T.astype(np.float64)
     return np.concatenate([columns, np.ones((1, columns.shape[1]))])
-
-
-def _new_bias(layer: WeightedLayer, constants: Arrays, gain: Array) -> NDArray[Any]:
-    """The layer's bias [O] with the gain added; Gemm scales its product and its bias."""
-    names = list(layer.node.input)[2:]
-    scale = attribute(layer.node, "alpha", 1.0) / (attribute(layer.node, "beta", 1.0) or 1.0)
-    old = constants[names[0]] if names and names[0] else np.zeros(1)
-    return (old.reshape(-1) + scale * gain).astype(layer.weight.dtype)
