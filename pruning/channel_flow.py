@@ -192,8 +192,7 @@ def _follow(flow: Flow, site: _Site) -> None:
         reason = f"{node.op_type} {site.name} {error}"
         for name in (*node.input, *read_inside(node)):
             flow.fix(_channels(flow, name), reason)
-        if node.output[0] in flow.weighted:
-            _fixed_layer(flow, site, reason)
+        _fixed_outputs(flow, site, reason)
 
 
 def _channels(flow: Flow, value: str) -> Numbers:
@@ -201,15 +200,21 @@ def _channels(flow: Flow, value: str) -> Numbers:
     return flow.values.get(value, np.empty(0, np.intp))
 
 
-def _fixed_layer(flow: Flow, site: _Site, reason: str) -> None:
-    """A layer whose filters are all there to stay."""
-    layer = flow.weighted[site.node.output[0]]
-    inputs = flow.new(layer.weight.shape[1] * layer.groups)
-    outputs = flow.new(layer.weight.shape[0])
-    flow.fix(inputs, reason)
-    flow.fix(outputs, reason)
-    flow.values[site.node.output[0]] = outputs
-    flow.layers.append(FlowLayer(layer, inputs, outputs, depthwise=False))
+def _fixed_outputs(flow: Flow, site: _Site, reason: str) -> None:
+    """Channels that are there to stay, for what an operator without a rule makes."""
+    for name in site.node.output:
+        shape = flow.shapes.get(name, ())
+        if len(shape) >= 2 and shape[1]:
+            flow.values[name] = flow.new(shape[1])
+            flow.fix(flow.values[name], reason)
+    layer = flow.weighted.get(site.node.output[0])
+    if layer is not None:
+        inputs = flow.new(layer.weight.shape[1] * layer.groups)
+        outputs = flow.values.get(site.node.output[0], flow.new(0))
+        if len(outputs) != len(layer.weight):
+            outputs = flow.new(len(layer.weight))
+        flow.fix(np.concatenate([inputs, outputs]), reason)
+        flow.layers.append(FlowLayer(layer, inputs, outputs, depthwise=False))
 
 
 def _data(flow: Flow, site: _Site, number: int = 0) -> Numbers:

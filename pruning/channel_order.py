@@ -230,5 +230,6 @@ def _greedy(group: ChannelGroup, parts: Sequence[_Part]) -> ChannelOrder:
         alive = np.delete(alive, cheapest)
         cost = sum(part.remove(gone, alive) for part in parts)
         order.extend(gone.tolist())
-        errors.extend(errors[-1] + cost * np.arange(1, many + 1) / many)
+        share = np.cumsum(losses[cheapest])
+        errors.extend(errors[-1] + cost * share / (share[-1] or 1.0))
     return ChannelOrder(group.name, np.array([*order, *alive], np.intp), np.array(errors))
