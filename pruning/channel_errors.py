@@ -19,7 +19,7 @@ from topiarist.pruning.compensation import compensate
 from topiarist.pruning.forward import chunks, run_chunks
 
 TRIED = (0.75, 0.5)  # shares of a group's channels that stay
-MOST_IMAGES = 64  # outputs average over all that is inside
+MOST_IMAGES = 128  # to fit, and as many others to test
 _LEAST = 1e-12
 
 
@@ -31,10 +31,11 @@ def output_errors(
 ) -> dict[str, ChannelOrder]:
     """The same orders with their errors as shares of the variance of the network's outputs.
 
-    Between the cuts that are tried the errors run as they did.
+    Between the cuts that are tried the errors run as they did. A network with a fixed batch size
+    needs images for two batches.
     """
-    few = images.first(MOST_IMAGES)
-    portions = chunks(model, few)
+    fitted_on = images.first(min(MOST_IMAGES, len(images) // 2))
+    portions = chunks(model, _after(images, len(fitted_on)).first(MOST_IMAGES))
     expected = _outputs(model, portions)
     found = {}
     for done, (name, order) in enumerate(orders.items(), 1):
@@ -42,7 +43,7 @@ def output_errors(
         counts = sorted({max(1, round(share * size)) for share in TRIED} - {size}, reverse=True)
         factors = []
         for count in counts:
-            cut = compensate(model, {name: order.kept(count)}, few)
+            cut = compensate(model, {name: order.kept(count)}, fitted_on)
             error = _distance(_outputs(cut, portions), expected)
             factors.append(error / max(float(order.errors[size - count]), _LEAST))
         removed = [size - count for count in counts]
@@ -51,6 +52,11 @@ def output_errors(
         found[name] = replace(order, errors=errors)
         progress(done / len(orders))
     return found
+
+
+def _after(images: Images, count: int) -> Images:
+    """All but the first `count`: what the fit has not seen."""
+    return Images({name: array[count:] for name, array in images.arrays.items()})
 
 
 def _outputs(model: onnx.ModelProto, portions: Sequence[Arrays]) -> Arrays:

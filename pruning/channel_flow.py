@@ -27,6 +27,9 @@ from topiarist.pruning.layers import (
 Numbers = NDArray[np.intp]
 
 
+_SMALL = 1000  # values of a constant that may be a shape
+
+
 @dataclass(frozen=True, eq=False)
 class Cut:
     """A constant with an entry along `axis` for each of the channels: input `input` of a node."""
@@ -164,7 +167,7 @@ def follow_channels(model: onnx.ModelProto) -> Flow:
 
 def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
     """The shape of each value, as far as it can be inferred; None: open or unknown."""
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    graph = onnx.shape_inference.infer_shapes(_without_weights(model), data_prop=True).graph
     return {
         value.name: tuple(
             dim.dim_value if dim.HasField("dim_value") else None
@@ -173,6 +176,27 @@ def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
         for value in (*graph.input, *graph.value_info, *graph.output)
         if value.type.tensor_type.HasField("shape")
     }
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its large initializers as inputs: inference would copy them, up to 2 GiB."""
+    light = onnx.ModelProto(ir_version=max(model.ir_version, 4))
+    light.opset_import.extend(model.opset_import)
+    light.functions.extend(model.functions)
+    stored = {tensor.name for tensor in model.graph.initializer}
+    light.graph.node.extend(model.graph.node)
+    light.graph.input.extend(v for v in model.graph.input if v.name not in stored)
+    light.graph.output.extend(model.graph.output)
+    light.graph.value_info.extend(model.graph.value_info)
+    light.graph.sparse_initializer.extend(model.graph.sparse_initializer)
+    for tensor in model.graph.initializer:
+        if prod(tensor.dims) <= _SMALL:
+            light.graph.initializer.append(tensor)
+        else:
+            light.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            )
+    return light
 
 
 def _follow(flow: Flow, site: _Site) -> None:

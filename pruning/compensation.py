@@ -7,6 +7,7 @@ network has the layer makes what it made in the whole one, in the mean square.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,17 +15,19 @@ import onnx
 from numpy.typing import NDArray
 from scipy import linalg
 
-from topiarist.pruning.calibration import Arrays, Images
+from topiarist.pruning.calibration import Arrays, Images, batch_size
 from topiarist.pruning.channel_order import MOST_COLUMNS, MOST_IMAGES
 from topiarist.pruning.channels import LayerChannels, Numbers, channel_map
 from topiarist.pruning.cores import on_all_cores
 from topiarist.pruning.correction import VALUE_BYTES
 from topiarist.pruning.forward import chunks, run_chunks
 from topiarist.pruning.layers import WeightedLayer, attribute, constant_arrays, replace_inputs
-from topiarist.pruning.moments import DAMPING, unfold
+from topiarist.pruning.moments import unfold
 from topiarist.pruning.segments import SegmentedRun
 
 Array = NDArray[np.float64]
+
+DAMPINGS = (1e-3, 1e-2, 1e-1)  # the last one where there are too few images to try
 
 
 def compensate(
@@ -63,12 +66,19 @@ def compensate(
 def _portions(
     model: onnx.ModelProto, reading: Sequence[LayerChannels], images: Images
 ) -> list[Arrays]:
-    """As many images as fit in memory while they go through the network."""
+    """As many images as fit in memory while they go through the network, at least two portions.
+
+    One only where the network takes no fewer at once.
+    """
     portions = chunks(model, images.first(MOST_IMAGES))
+    if len(portions) == 1 and batch_size(model) is None:
+        most = 3 * len(images) // 4
+        parts = slice(None, most), slice(most, None)
+        portions = [{name: a[part] for name, a in portions[0].items()} for part in parts]
     names = [item.layer.node.input[0] for item in reading]
     first = next(run_chunks(model, portions[:1], names))
     largest = max(array.nbytes for array in first.values())
-    return portions[: max(1, VALUE_BYTES // largest)]
+    return portions[: max(2, VALUE_BYTES // largest)]
 
 
 def _take_away(
@@ -118,6 +128,31 @@ def _kept_columns(item: LayerChannels, mask: NDArray[np.bool_]) -> NDArray[np.bo
     return np.repeat(mask[item.inputs], item.layer.weight[0, 0].size)
 
 
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """Sums over places for the change D of a weight that is to make up for `missing` outputs.
+
+    `square` is x x^T [k, k] of the cut network's inputs, `missing` is r x^T [O, k] of what the
+    outputs lack; the squared error falls by tr(2 D missing^T - D square D^T).
+    """
+
+    square: Array
+    missing: Array
+
+    def solve(self, damping: float, columns: int) -> Array:
+        """The best D if it is damped in the first columns, by a share of their mean square."""
+        diagonal = np.full(len(self.square), damping * np.diagonal(self.square).mean() + 1e-12)
+        diagonal[columns:] = 0
+        best: Array = linalg.solve(
+            self.square + np.diag(diagonal), self.missing.T, assume_a="pos"
+        ).T
+        return best
+
+    def gain(self, change: Array) -> float:
+        """By how much the squared error falls."""
+        return float(np.einsum("ok,ok->", change, 2 * self.missing - change @ self.square))
+
+
 def _fit(
     layer: WeightedLayer,
     stay: NDArray[np.bool_],
@@ -126,43 +161,53 @@ def _fit(
 ) -> tuple[NDArray[Any], Array]:
     """The weight of the least squared error on the cut network's values, and what its bias gains.
 
-    Damped towards the weight as it was. Without a bias to change, only the weight is fitted.
+    It is damped towards the weight as it was, as strongly as is best for the last quarter of the
+    images; where no fit is good for them, it stays. Without a bias only the weight is fitted.
     """
     kept = np.flatnonzero(stay)
     used = kept if layer.kind == "MatMul" else np.append(kept, stay.size)
-    square, cross = _products(layer, used, whole, cut)
     weight = layer.weight.astype(np.float64).reshape(len(layer.weight), -1)
     start = np.zeros((len(weight), used.size))
     start[:, : kept.size] = weight[:, kept]
-    damping = np.full(used.size, DAMPING * float(np.diagonal(square).mean()) + 1e-12)
-    damping[kept.size :] = 0
-    missing = weight @ cross[:-1] - start @ square
-    start += linalg.solve(square + np.diag(damping), missing.T, assume_a="pos").T
+    others = len(cut) - max(1, len(cut) // 4) if len(cut) > 1 else 1
+    fitting = _problem(layer, weight, start, used, whole[:others], cut[:others])
+    damping: float | None = DAMPINGS[-1]
+    if others < len(cut):
+        testing = _problem(layer, weight, start, used, whole[others:], cut[others:])
+        gains = {d: testing.gain(fitting.solve(d, kept.size)) for d in DAMPINGS}
+        best = max(gains, key=lambda d: gains[d])
+        damping = best if gains[best] > 0 else None
+        fitting = _Problem(fitting.square + testing.square, fitting.missing + testing.missing)
+    if damping is not None:
+        start += fitting.solve(damping, kept.size)
     result = np.zeros_like(weight)
     result[:, kept] = start[:, : kept.size]
-    gain: Array = start[:, -1]
+    gain = start[:, kept.size] if used.size > kept.size else np.zeros(len(weight))
     return result.reshape(layer.weight.shape).astype(layer.weight.dtype), gain
 
 
-def _products(
-    layer: WeightedLayer, used: Numbers, whole: Sequence[Arrays], cut: Sequence[Arrays]
-) -> tuple[Array, Array]:
-    """Means of x x^T [used, used] in the cut network, and [c + 1, used] between the two."""
+def _problem(
+    layer: WeightedLayer,
+    weight: Array,
+    start: Array,
+    used: Numbers,
+    whole: Sequence[Arrays],
+    cut: Sequence[Arrays],
+) -> _Problem:
+    """What the weight `start` for the used columns lacks in these portions of images."""
     name = layer.node.input[0]
 
-    def multiply(number: int) -> tuple[Array, Array, int]:
+    def multiply(number: int) -> _Problem:
         after = _columns(layer, cut[number][name])[used]
-        before = _columns(layer, whole[number][name])
-        return after @ after.T, before @ after.T, after.shape[1]
+        before = _columns(layer, whole[number][name])[:-1]
+        square = after @ after.T
+        return _Problem(square, weight @ (before @ after.T) - start @ square)
 
-    square = np.zeros((used.size, used.size))
-    cross = np.zeros((layer.weight[0].size + 1, used.size))
-    places = 0
-    for own, between, count in on_all_cores(multiply, range(len(cut))):
-        square += own
-        cross += between
-        places += count
-    return square / places, cross / places
+    total = _Problem(np.zeros((used.size, used.size)), np.zeros_like(start))
+    for part in on_all_cores(multiply, range(len(cut))):
+        np.add(total.square, part.square, out=total.square)
+        np.add(total.missing, part.missing, out=total.missing)
+    return total
 
 
 def _columns(layer: WeightedLayer, values: NDArray[Any]) -> Array:
