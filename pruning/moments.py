@@ -145,7 +145,8 @@ def unfold(layer: WeightedLayer, values: NDArray[Any]) -> Array:
         _pair(attribute(layer.node, name, None), one_dimension) for name in ("strides", "dilations")
     )
     span = (dilations[0] * (height - 1) + 1, dilations[1] * (width - 1) + 1)
-    padded = np.pad(values, ((0, 0), (0, 0), *_padding(layer, values.shape[2:], span, strides)))
+    vertical, horizontal = _padding(layer, values.shape[2:], span, strides)
+    padded = np.pad(values, ((0, 0), (0, 0), vertical, horizontal))
     windows = np.lib.stride_tricks.sliding_window_view(padded, span, axis=(2, 3))
     windows = windows[
         :, :, :: strides[0], :: strides[1], :: dilations[0], :: dilations[1]
@@ -166,19 +167,18 @@ def _padding(
 ) -> list[tuple[int, int]]:
     """Zeros before and after, for height and width."""
     automatic = attribute(layer.node, "auto_pad", b"NOTSET").decode()
-    if automatic in ("SAME_UPPER", "SAME_LOWER"):
-        pads = []
-        for length, reach, stride in zip(size, span, strides, strict=True):
-            total = max(0, (-(-length // stride) - 1) * stride + reach - length)
-            small = total // 2
-            pads.append((small, total - small) if automatic == "SAME_UPPER" else (total - small, small))
-        return pads
-    pads = list(attribute(layer.node, "pads", None) or [0] * 4)
     if automatic == "VALID":
-        pads = [0] * 4
-    if len(pads) == 2:
-        pads = [0, pads[0], 0, pads[1]]
-    return [(pads[0], pads[2]), (pads[1], pads[3])]
+        return [(0, 0), (0, 0)]
+    if automatic == "NOTSET":
+        pads = list(attribute(layer.node, "pads", None) or [0] * 4)
+        top, left, bottom, right = pads if len(pads) == 4 else (0, pads[0], 0, pads[1])
+        return [(top, bottom), (left, right)]
+    around = []
+    for length, reach, stride in zip(size, span, strides, strict=True):
+        total = max(0, (-(-length // stride) - 1) * stride + reach - length)
+        fewer, more = total // 2, total - total // 2
+        around.append((fewer, more) if automatic == "SAME_UPPER" else (more, fewer))
+    return around
 
 
 def _check(layer: WeightedLayer, moments: Moments) -> None:
