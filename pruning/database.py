@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from topiarist.errors import ModelError, OutputError
 from topiarist.pruning.batch_scale import output_scale
 from topiarist.pruning.calibration import Images
+from topiarist.pruning.cores import one_blas_thread
 from topiarist.pruning.layers import WeightedLayer, weighted_layers
 from topiarist.pruning.level import DENSE, Level, levels_of
 from topiarist.pruning.moments import PASS_BYTES, Moments, gather_moments, moments_bytes
@@ -60,14 +61,9 @@ ProgressCall = Callable[[BuildStep], None]
 
 @dataclass(frozen=True)
 class Database:
-    """What every layer can be pruned to, and what that costs.
+    """What every layer can be pruned to, and what that costs; see `build_database`."""
 
-    `layers` are those that can be pruned, in file order.
-    """
-
-    folder: Path
     criterion: Criterion
-    patterns: tuple[str, ...]
     entries: dict[str, _Entry]
 
     @property
@@ -95,7 +91,8 @@ class Database:
         mask = kept(entry.layer, removals, level)
         if self.criterion == "magnitude":
             return np.where(mask, entry.layer.weight, 0).astype(np.float32)
-        return solve(entry.layer, mask, _read_moments(entry.moments_file, entry.key))
+        with one_blas_thread():
+            return solve(entry.layer, mask, _read_moments(entry.moments_file, entry.key))
 
     def _entry(self, layer: str, level: Level) -> _Entry:
         entry = self.entries[layer]
@@ -146,8 +143,9 @@ def build_database(
         levels_of(pattern)
     key = _prepare(folder, model, images)
     entries = _entries(model, folder, _chosen(model, layers), criterion, key)
-    _Builder(model, images, entries, tuple(dict.fromkeys(patterns)), progress).run()
-    return Database(folder, criterion, tuple(patterns), {e.layer.name: e for e in entries})
+    with one_blas_thread():
+        _Builder(model, images, entries, tuple(dict.fromkeys(patterns)), progress).run()
+    return Database(criterion, {entry.layer.name: entry for entry in entries})
 
 
 def prunable_layers(model: onnx.ModelProto) -> list[WeightedLayer]:
