@@ -2,8 +2,11 @@
 
 import errno
 import shutil
+import subprocess
+import sys
 
 import numpy as np
+import onnx
 import pytest
 from onnx import numpy_helper
 
@@ -223,3 +226,38 @@ def test_wrong_names_are_refused(tmp_path, databases):
         build_database(MODEL, IMAGES, tmp_path, patterns=["4:2"])
     with pytest.raises(ValueError, match="point has no level kernel4"):
         databases["obs"].weight("point", Level("kernel4", 4 / 9))
+
+
+KILLED = """
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx
+
+from topiarist.pruning.calibration import check_images
+from topiarist.pruning.database import build_database
+
+model = onnx.load("model.onnx")
+images = check_images(model, {"x": np.load("images.npy")})
+build_database(model, images, Path("database"), progress=lambda step: print(step.what, flush=True))
+"""
+
+
+def test_a_killed_build_leaves_what_it_finished(tmp_path):
+    onnx.save(MODEL, tmp_path / "model.onnx")
+    np.save(tmp_path / "images.npy", IMAGES.arrays["x"])
+    command = [sys.executable, "-c", KILLED]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip() == "unstructured":
+                process.kill()
+                break
+    left = {p.name: p.read_bytes() for p in (tmp_path / "database").glob("*.moments.npz")}
+    assert len(left) == 4
+    found = build_database(onnx.load(tmp_path / "model.onnx"), IMAGES, tmp_path / "database")
+    assert len(found.layers) == 4
+    after = {name: (tmp_path / "database" / name).read_bytes() for name in left}
+    assert after == left
