@@ -1,8 +1,8 @@
 """Give the convolutions of a pruned network the statistics that they had in the dense one.
 
-Layer by layer in the order of the file: y -> (y - mean_pruned) * std_dense / std_pruned + mean_dense
-for each channel, in the weights and the bias of the convolution; what comes before is corrected
-already. Zeros stay zeros.
+Layer by layer in the order of the file: for each channel
+y -> (y - mean_pruned) * std_dense / std_pruned + mean_dense, in the weights and the bias of the
+convolution. What comes before is corrected already. Zeros stay zeros.
 """
 
 from __future__ import annotations
@@ -138,11 +138,17 @@ def _bias(model: onnx.ModelProto, layer: WeightedLayer) -> Array:
     name = layer.node.input[2]
     for tensor in model.graph.initializer:
         if tensor.name == name:
-            return numpy_helper.to_array(tensor).astype(np.float64)
+            return _array(tensor)
     for node in model.graph.node:
         if node.op_type == "Constant" and name in node.output:
-            return numpy_helper.to_array(node.attribute[0].t).astype(np.float64)
+            return _array(node.attribute[0].t)
     raise ModelError(f"{layer.name}: its bias {name!r} is no constant of the file; fold it first")
+
+
+def _array(tensor: Any) -> Array:
+    """The values of a tensor in float64."""
+    values: Array = numpy_helper.to_array(tensor).astype(np.float64)
+    return values
 
 
 def _set_bias(model: onnx.ModelProto, layer: WeightedLayer, bias: NDArray[Any]) -> None:

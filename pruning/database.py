@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from numpy.typing import NDArray
 from topiarist.errors import ModelError, OutputError
 from topiarist.pruning.batch_scale import output_scale
 from topiarist.pruning.calibration import Images
+from topiarist.pruning.cores import one_blas_thread
 from topiarist.pruning.layers import WeightedLayer, weighted_layers
 from topiarist.pruning.level import DENSE, Level, levels_of
 from topiarist.pruning.moments import PASS_BYTES, Moments, gather_moments, moments_bytes
-from topiarist.pruning.obs import Removals
+from topiarist.pruning.obs import Array, Removals
 from topiarist.pruning.one_shot import reasons_to_keep
 from topiarist.pruning.removal import (
     Criterion,
@@ -59,14 +61,9 @@ ProgressCall = Callable[[BuildStep], None]
 
 @dataclass(frozen=True)
 class Database:
-    """What every layer can be pruned to, and what that costs.
+    """What every layer can be pruned to, and what that costs; see `build_database`."""
 
-    `layers` are those that can be pruned, in file order.
-    """
-
-    folder: Path
     criterion: Criterion
-    patterns: tuple[str, ...]
     entries: dict[str, _Entry]
 
     @property
@@ -94,7 +91,8 @@ class Database:
         mask = kept(entry.layer, removals, level)
         if self.criterion == "magnitude":
             return np.where(mask, entry.layer.weight, 0).astype(np.float32)
-        return solve(entry.layer, mask, _read_moments(entry.moments_file, entry.key))
+        with one_blas_thread():
+            return solve(entry.layer, mask, _read_moments(entry.moments_file, entry.key))
 
     def _entry(self, layer: str, level: Level) -> _Entry:
         entry = self.entries[layer]
@@ -145,8 +143,9 @@ def build_database(
         levels_of(pattern)
     key = _prepare(folder, model, images)
     entries = _entries(model, folder, _chosen(model, layers), criterion, key)
-    _Builder(model, images, entries, tuple(dict.fromkeys(patterns)), progress).run()
-    return Database(folder, criterion, tuple(patterns), {e.layer.name: e for e in entries})
+    with one_blas_thread():
+        _Builder(model, images, entries, tuple(dict.fromkeys(patterns)), progress).run()
+    return Database(criterion, {entry.layer.name: entry for entry in entries})
 
 
 def prunable_layers(model: onnx.ModelProto) -> list[WeightedLayer]:
@@ -193,7 +192,7 @@ class _Builder:
         self._moments([e for e in self.entries if not _has_moments(e)])
         for entry, pattern in self.tasks:
             path = entry.removals_file(pattern)
-            found = _try(lambda path=path, entry=entry: _read_removals(path, entry.key))
+            found = _try(partial(_read_removals, path, entry.key))
             errors = self._remove(entry, pattern) if found is None else found[1]
             entry.errors.update(_worthwhile(entry.layer, pattern, errors))
             self.done += _work(entry.layer)
@@ -207,18 +206,14 @@ class _Builder:
             rest = missing[index + 1 : index + 2]
             if rest and _bytes([*portion, *rest]) <= PASS_BYTES:
                 continue
-            found = gather_moments(
-                self.model,
-                [e.layer for e in portion],
-                self.images,
-                lambda share, name=entry.layer.name: self._tell(name, "calibration", share),
-            )
+            tell = partial(self._tell, entry.layer.name, "calibration")
+            found = gather_moments(self.model, [e.layer for e in portion], self.images, tell)
             for one, moments in zip(portion, found, strict=True):
                 arrays = {"matrix": moments.matrix, "places": np.array(moments.places)}
                 _write(one.moments_file, one.key, arrays)
             portion = []
 
-    def _remove(self, entry: _Entry, pattern: str) -> NDArray[np.float64]:
+    def _remove(self, entry: _Entry, pattern: str) -> Array:
         """Order the removals of one layer, and write them; returns the errors by level."""
         layer, work = entry.layer, _work(entry.layer)
         moments = _read_moments(entry.moments_file, entry.key)
@@ -232,17 +227,10 @@ class _Builder:
             lambda share: self._tell(layer.name, pattern, share * work),
         )
         removals = Removals(removals.order, removals.cost.astype(np.float32).astype(np.float64))
-        energy = output_energy(layer.weight, scale, moments)
+        lost = losses(layer, removals, pattern)
         if entry.criterion == "magnitude":
-            lost = np.array(
-                [
-                    output_energy(np.where(kept(layer, removals, v), 0, layer.weight), scale, moments)
-                    for v in levels_of(pattern)
-                ]
-            )
-        else:
-            lost = losses(layer, removals, pattern)
-        errors: NDArray[np.float64] = lost / energy
+            lost = _losses_of_zeros(layer, removals, pattern, scale, moments)
+        errors = lost / output_energy(layer.weight, scale, moments)
         arrays = {
             "order": removals.order.astype(np.uint16 if layer.weight[0].size < 65536 else np.int64),
             "cost": removals.cost.astype(np.float32),
@@ -256,6 +244,17 @@ class _Builder:
         self.progress(BuildStep(layer, what, share))
 
 
+def _losses_of_zeros(
+    layer: WeightedLayer, removals: Removals, pattern: str, scale: Array, moments: Moments
+) -> Array:
+    """What each level loses where the weights that stay don't make up for it."""
+    gone = [
+        np.where(kept(layer, removals, v), 0, layer.weight).astype(np.float64)
+        for v in levels_of(pattern)
+    ]
+    return np.array([output_energy(weight, scale, moments) for weight in gone])
+
+
 def _work(layer: WeightedLayer) -> float:
     """How long a layer takes, in some unit."""
     columns = layer.weight[0].size
@@ -266,9 +265,7 @@ def _bytes(entries: Sequence[_Entry]) -> int:
     return sum(moments_bytes(entry.layer) for entry in entries)
 
 
-def _worthwhile(
-    layer: WeightedLayer, pattern: str, errors: NDArray[np.float64]
-) -> dict[Level, float]:
+def _worthwhile(layer: WeightedLayer, pattern: str, errors: Array) -> dict[Level, float]:
     """Errors by level, without levels that keep more weights than the layer has."""
     nonzero = np.count_nonzero(layer.weight) / layer.weight.size
     found = zip(levels_of(pattern), errors.tolist(), strict=True)
@@ -347,7 +344,7 @@ def _try(read: Callable[[], Any]) -> Any:
 
 
 def _has_moments(entry: _Entry) -> bool:
-    return _try(lambda: _read_moments(entry.moments_file, entry.key)) is not None
+    return _try(partial(_read_moments, entry.moments_file, entry.key)) is not None
 
 
 def _read_moments(path: Path, key: str) -> Moments:
@@ -355,7 +352,7 @@ def _read_moments(path: Path, key: str) -> Moments:
     return Moments(arrays["matrix"], int(arrays["places"]))
 
 
-def _read_removals(path: Path, key: str) -> tuple[Removals, NDArray[np.float64]]:
+def _read_removals(path: Path, key: str) -> tuple[Removals, Array]:
     """The removals, and the errors of the pattern's levels."""
     arrays = _read(path, key)
     removals = Removals(arrays["order"].astype(np.int64), arrays["cost"].astype(np.float64))
@@ -376,7 +373,7 @@ def _write(path: Path, key: str, arrays: Arrays) -> None:
     aside = path.with_name(f"{path.name}.part")
     try:
         with aside.open("wb") as file:
-            np.savez(file, key=np.array(key), **arrays)
+            np.savez(file, **{**arrays, "key": np.array(key)})  # type: ignore[arg-type]
         aside.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

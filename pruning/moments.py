@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.linalg import blas, lapack
 
 from topiarist.errors import CalibrationError
-from topiarist.pruning.calibration import Images
+from topiarist.pruning.calibration import Arrays, Images
 from topiarist.pruning.cores import on_all_cores
 from topiarist.pruning.forward import chunks, run_chunks
 from topiarist.pruning.layers import WeightedLayer, attribute
@@ -21,6 +21,7 @@ from topiarist.pruning.layers import WeightedLayer, attribute
 Array = NDArray[np.float64]
 
 PASS_BYTES = 3 << 30  # of moments that are gathered in one pass over the images
+TOGETHER = 8  # images whose moments are added at once
 UNFOLDED_BYTES = 32 << 20
 DAMPING = 1e-3  # of the mean of the diagonal
 MOST_DAMPING = 1.0
@@ -51,10 +52,15 @@ def gather_moments(
     places = [0] * len(layers)
     portions = chunks(model, images)
     names = [layer.node.input[0] for layer in layers]
+    waiting: list[Arrays] = []
     for done, values in enumerate(run_chunks(model, portions, names), 1):
-        add = partial(_add, sums, layers, [values[name] for name in names])
+        waiting.append(values)
+        if len(waiting) * len(values[names[0]]) < TOGETHER and done < len(portions):
+            continue
+        add = partial(_add, sums, layers, [[v[name] for v in waiting] for name in names])
         for index, count in enumerate(on_all_cores(add, range(len(layers)))):
             places[index] += count
+        waiting = []
         progress(done / len(portions))
     found = [Moments(_whole(s) / max(n, 1), n) for s, n in zip(sums, places, strict=True)]
     for layer, moments in zip(layers, found, strict=True):
@@ -106,10 +112,13 @@ def _zeros(layer: WeightedLayer) -> Array:
 
 
 def _add(
-    sums: Sequence[Array], layers: Sequence[WeightedLayer], inputs: Sequence[Any], index: int
+    sums: Sequence[Array],
+    layers: Sequence[WeightedLayer],
+    inputs: Sequence[Sequence[NDArray[Any]]],
+    index: int,
 ) -> int:
-    """Add the moments of one portion of a layer's inputs; returns how many places it had."""
-    total, layer, values = sums[index], layers[index], inputs[index]
+    """Add the moments of some of a layer's inputs; returns how many places they had."""
+    total, layer, values = sums[index], layers[index], np.concatenate(inputs[index])
     if layer.kind != "Conv":
         rows = values.reshape(-1, values.shape[-1]).astype(np.float64)
         _add_products(total[0], np.ascontiguousarray(rows.T))
@@ -145,7 +154,8 @@ def unfold(layer: WeightedLayer, values: NDArray[Any]) -> Array:
         _pair(attribute(layer.node, name, None), one_dimension) for name in ("strides", "dilations")
     )
     span = (dilations[0] * (height - 1) + 1, dilations[1] * (width - 1) + 1)
-    padded = np.pad(values, ((0, 0), (0, 0), *_padding(layer, values.shape[2:], span, strides)))
+    vertical, horizontal = _padding(layer, values.shape[2:], span, strides)
+    padded = np.pad(values, ((0, 0), (0, 0), vertical, horizontal))
     windows = np.lib.stride_tricks.sliding_window_view(padded, span, axis=(2, 3))
     windows = windows[
         :, :, :: strides[0], :: strides[1], :: dilations[0], :: dilations[1]
@@ -166,19 +176,18 @@ def _padding(
 ) -> list[tuple[int, int]]:
     """Zeros before and after, for height and width."""
     automatic = attribute(layer.node, "auto_pad", b"NOTSET").decode()
-    if automatic in ("SAME_UPPER", "SAME_LOWER"):
-        pads = []
-        for length, reach, stride in zip(size, span, strides, strict=True):
-            total = max(0, (-(-length // stride) - 1) * stride + reach - length)
-            small = total // 2
-            pads.append((small, total - small) if automatic == "SAME_UPPER" else (total - small, small))
-        return pads
-    pads = list(attribute(layer.node, "pads", None) or [0] * 4)
     if automatic == "VALID":
-        pads = [0] * 4
-    if len(pads) == 2:
-        pads = [0, pads[0], 0, pads[1]]
-    return [(pads[0], pads[2]), (pads[1], pads[3])]
+        return [(0, 0), (0, 0)]
+    if automatic == "NOTSET":
+        pads = list(attribute(layer.node, "pads", None) or [0] * 4)
+        top, left, bottom, right = pads if len(pads) == 4 else (0, pads[0], 0, pads[1])
+        return [(top, bottom), (left, right)]
+    around = []
+    for length, reach, stride in zip(size, span, strides, strict=True):
+        total = max(0, (-(-length // stride) - 1) * stride + reach - length)
+        fewer, more = total // 2, total - total // 2
+        around.append((fewer, more) if automatic == "SAME_UPPER" else (more, fewer))
+    return around
 
 
 def _check(layer: WeightedLayer, moments: Moments) -> None:

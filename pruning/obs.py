@@ -1,8 +1,8 @@
 """ExactOBS: remove weights one at a time and let those that stay make up for them.
 
 Optimal Brain Compression (Frantar and Alistarh, NeurIPS 2022). For filters w and the second
-moments H of their inputs, the weight p whose loss is least, w_p^2 / (H^-1)_pp, goes; the rest
-changes by -w_p / (H^-1)_pp * (H^-1)[p], and p drops out of H^-1 by one step of Gaussian elimination.
+moments H of their inputs, the weight p whose loss is least, w_p^2 / (H^-1)_pp, goes; the others
+change by -w_p / (H^-1)_pp * (H^-1)[p], and p drops out of H^-1 by a step of Gaussian elimination.
 
 Filters of a block share their zeros, so they share H^-1 as well, and a block costs as much as one
 filter. The elimination is put off and done for many steps at once, as a pivoted Cholesky
@@ -72,24 +72,25 @@ def remove_one_by_one(
         names = np.repeat(np.arange(columns)[None], len(w), axis=0)
         return eliminate(w, inverses, names, steps, limit)
 
-    return in_batches(remove, blocks, columns, progress)
+    return in_batches(remove, blocks, max(1, BATCH_BYTES // (8 * columns**2)), progress)
 
 
 def in_batches(
     remove: Callable[[slice], Removals],
     blocks: int,
-    columns: int,
+    at_once: int,
     progress: Callable[[float], None],
 ) -> Removals:
-    """Removals of all blocks, on all cores; `columns` of each have an inverse in memory."""
-    batch = max(1, min(64, -(-blocks // available_cores()), BATCH_BYTES // (8 * columns**2)))
+    """Removals of all blocks, on all cores, `at_once` or fewer on each."""
+    batch = min(64, -(-blocks // available_cores()), at_once)
     parts = [slice(s, min(s + batch, blocks)) for s in range(0, blocks, batch)]
     results = []
     for result in on_all_cores(remove, parts):
         results.append(result)
         progress(len(results) / len(parts))
-    order, cost = (np.concatenate(a) for a in zip(*((r.order, r.cost) for r in results)))
-    return Removals(order, cost)
+    return Removals(
+        np.concatenate([r.order for r in results]), np.concatenate([r.cost for r in results])
+    )
 
 
 def eliminate(
@@ -196,7 +197,7 @@ def _compact(
     w: Array, inverses: Array, columns: Index, factor: Array, alive: NDArray[np.bool_]
 ) -> tuple[Array, Array, Index]:
     """Leave out the positions that are gone, and do the elimination that was put off."""
-    blocks, rows, k = w.shape
+    blocks, rows, _ = w.shape
     left = int(alive[0].sum())
     positions = np.nonzero(alive)[1].reshape(blocks, left)
     smaller = np.empty((blocks, left, left))

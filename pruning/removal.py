@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -15,13 +16,16 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from topiarist.pruning.cores import on_all_cores
+from topiarist.pruning.kernel_patterns import remove_taps, tap_library
 from topiarist.pruning.layers import WeightedLayer
-from topiarist.pruning.level import BLOCK_ROWS, Level, kernel_taps, levels_of, n_m
+from topiarist.pruning.level import BLOCK_ROWS, KERNEL_TAPS, Level, kernel_taps, levels_of, n_m
 from topiarist.pruning.moments import Moments, damped
 from topiarist.pruning.obs import Array, GroupLimit, Index, Removals, remove_one_by_one
+from topiarist.pruning.obs_rounds import remove_in_rounds
 from topiarist.pruning.patterns import Mask, block_starts
 
 Criterion = Literal["obs", "magnitude"]
+WIDE = 1536  # inputs of a filter above which weights go in rounds at first
 CRITERIA: tuple[Criterion, ...] = ("obs", "magnitude")
 
 
@@ -53,29 +57,47 @@ def order_removals(
     weight = layer.weight.astype(np.float64)
     if criterion == "obs":
         weight = weight * scale[:, None, None, None]
-    blocks = _blocks(layer, pattern, weight)
-    limit = _limit(layer, pattern)
-    per_group = len(blocks) // layer.groups
-    found = []
-    for group in range(layer.groups):
-        part = blocks[group * per_group : (group + 1) * per_group]
+    library = _library(weight, pattern)
+    found: list[Removals] = []
+    for blocks in np.split(_blocks(layer, pattern, weight), layer.groups):
+        report = partial(_report, progress, len(found), layer.groups)
         if criterion == "magnitude":
-            found.append(_by_magnitude(part, limit))
-            continue
-        matrix = moments.matrix[group]
-        _, inverse = damped(layer.name, matrix)
-        alive = np.where(np.diagonal(matrix) > 0, part, 0.0)
-        found.append(
-            remove_one_by_one(
-                alive,
-                inverse,
-                limit,
-                lambda share, group=group: progress((group + share) / layer.groups),
-            )
-        )
+            found.append(_by_magnitude(blocks, _limit(layer, pattern), library))
+        else:
+            matrix = moments.matrix[len(found)]
+            alive = np.where(np.diagonal(matrix) > 0, blocks, 0.0)
+            known = damped(layer.name, matrix)
+            found.append(_by_loss(alive, known, _limit(layer, pattern), library, report))
     return Removals(
         np.concatenate([r.order for r in found]), np.concatenate([r.cost for r in found])
     )
+
+
+def _by_loss(
+    blocks: Array,
+    known: tuple[Array, Array],
+    limit: GroupLimit | None,
+    library: Index | None,
+    progress: Callable[[float], None],
+) -> Removals:
+    """Those that the layer's output misses least; `known` is H and its inverse."""
+    matrix, inverse = known
+    if library is not None:
+        return remove_taps(blocks, matrix, inverse, library, progress)
+    if len(matrix) > WIDE:
+        return remove_in_rounds(blocks, matrix, inverse, limit, progress)
+    return remove_one_by_one(blocks, inverse, limit, progress)
+
+
+def _report(progress: Callable[[float], None], done: int, groups: int, share: float) -> None:
+    """Progress of one group as that of the layer."""
+    progress((done + share) / groups)
+
+
+def _library(weight: Array, pattern: str) -> Index | None:
+    """The arrangements of "kernel<k>", None for other patterns."""
+    taps = kernel_taps(pattern)
+    return None if taps is None else tap_library(np.abs(weight).reshape(-1, KERNEL_TAPS), taps)
 
 
 def kept(layer: WeightedLayer, removals: Removals, level: Level) -> Mask:
@@ -87,7 +109,9 @@ def kept(layer: WeightedLayer, removals: Removals, level: Level) -> Mask:
     for block, count in enumerate(counts):
         mask[block, removals.order[block, :count]] = False
     sizes = np.diff(starts, append=len(layer.weight))
-    return np.repeat(mask, sizes, axis=0).reshape(layer.weight.shape) & (layer.weight != 0)
+    whole: Mask = np.repeat(mask, sizes, axis=0).reshape(layer.weight.shape)
+    whole &= layer.weight != 0
+    return whole
 
 
 def losses(layer: WeightedLayer, removals: Removals, pattern: str) -> Array:
@@ -123,9 +147,7 @@ def solve(layer: WeightedLayer, mask: Mask, moments: Moments) -> NDArray[np.floa
     return solved.reshape(filters, *layer.weight.shape[1:]).astype(np.float32)
 
 
-def _solve_rows(
-    weights: Array, masks: Mask, matrix: Array, inverse: Array, rows: slice
-) -> Array:
+def _solve_rows(weights: Array, masks: Mask, matrix: Array, inverse: Array, rows: slice) -> Array:
     """Least squares for rows [rows, c] that keep the same columns, by the smaller system."""
     weight, keep = weights[rows], masks[rows.start]
     result = np.zeros_like(weight)
@@ -145,8 +167,8 @@ def _solve_rows(
 
 def _same_rows(mask: Mask) -> list[slice]:
     """Runs of rows [rows, c] with equal masks."""
-    starts = [0, *(np.flatnonzero((mask[1:] != mask[:-1]).any(axis=1)) + 1).tolist(), len(mask)]
-    return [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+    changes = np.flatnonzero((mask[1:] != mask[:-1]).any(axis=1)) + 1
+    return [slice(a, b) for a, b in pairwise([0, *changes.tolist(), len(mask)])]
 
 
 def _blocks(layer: WeightedLayer, pattern: str, weight: Array) -> Array:
@@ -169,14 +191,25 @@ def _limit(layer: WeightedLayer, pattern: str) -> GroupLimit | None:
     return GroupLimit(group, np.maximum(np.bincount(group) - n, 0))
 
 
-def _by_magnitude(blocks: Array, limit: GroupLimit | None) -> Removals:
+def _by_magnitude(blocks: Array, limit: GroupLimit | None, library: Index | None) -> Removals:
     """The smallest first; the cost is the block's energy."""
     energy = np.einsum("brc,brc->bc", blocks, blocks)
-    if limit is None:
-        order = np.argsort(energy, axis=1, kind="stable")
-    else:
+    if library is not None:
+        order = _smallest_arrangements(energy, library)
+    elif limit is not None:
         order = _smallest_of_groups(energy, limit)
+    else:
+        order = np.argsort(energy, axis=1, kind="stable")
     return Removals(order, np.take_along_axis(energy, order, axis=1))
+
+
+def _smallest_arrangements(energy: Array, library: Index) -> Index:
+    """For each kernel the taps of that arrangement which takes the least, [blocks, steps]."""
+    kernels = energy.reshape(len(energy), -1, KERNEL_TAPS)
+    best = kernels[:, :, library].sum(axis=3).argmin(axis=2)
+    first = KERNEL_TAPS * np.arange(kernels.shape[1])
+    order: Index = (library[best] + first[:, None]).reshape(len(energy), -1)
+    return order
 
 
 def _smallest_of_groups(energy: Array, limit: GroupLimit) -> Index:

@@ -36,7 +36,7 @@ class SegmentedRun:
         later = self._later(last)
         made = [o for node in nodes for o in node.output if o and o in self._moving]
         wanted = [o for o in made if o in later or o in self.model.graph.node[last].output]
-        given = {name for name in self.values[0]} & {n for node in nodes for n in _reads(node)}
+        given = set(self.values[0]) & {n for node in nodes for n in _reads(node)}
         session = open_session(self._piece(nodes, sorted(given), wanted))
         for values in self.values:
             values |= run_session(session, values, wanted)

@@ -27,7 +27,9 @@ def stitch(
     """
     for name in choice:
         if name not in database.layers:
-            raise ValueError(f"{name!r} is not in the database; it has {', '.join(database.layers)}")
+            raise ValueError(
+                f"{name!r} is not in the database; it has {', '.join(database.layers)}"
+            )
     pruned = onnx.ModelProto()
     pruned.CopyFrom(model)
     for layer in weighted_layers(model):
