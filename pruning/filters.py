@@ -59,4 +59,6 @@ def _made_by(channels: ChannelMap, layer: str) -> list[ChannelGroup]:
 
 def _all(share: float, size: int) -> str:
     """Why no filter goes although they could."""
-    return "density 1 was asked for" if share == 1 else f"{share:g} of {size} filters is all of them"
+    return (
+        "density 1 was asked for" if share == 1 else f"{share:g} of {size} filters is all of them"
+    )
