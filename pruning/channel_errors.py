@@ -2,7 +2,7 @@
 
 What a layer loses says which channel of a group goes first. It says little about how much a group
 matters: a loss in a residual sum reaches everything behind it, one inside a block is small beside
-the sum. So a few cuts of each group alone are tried, compensated, on the whole network.
+the sum. So a cut of each group alone is tried, compensated, on the whole network.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from topiarist.pruning.channel_order import ChannelOrder
 from topiarist.pruning.compensation import compensate
 from topiarist.pruning.forward import chunks, run_chunks
 
-TRIED = (0.75, 0.5)  # shares of a group's channels that stay
-MOST_IMAGES = 128  # to fit, and as many others to test
+TRIED = 0.75  # share of a group's channels that stay
+MOST_IMAGES = 64  # to fit, and as many others to test
 _LEAST = 1e-12
 
 
@@ -31,8 +31,8 @@ def output_errors(
 ) -> dict[str, ChannelOrder]:
     """The same orders with their errors as shares of the variance of the network's outputs.
 
-    Between the cuts that are tried the errors run as they did. A network with a fixed batch size
-    needs images for two batches.
+    The errors of a group all change by one factor. A network with a fixed batch size needs images
+    for two batches.
     """
     fitted_on = images.first(min(MOST_IMAGES, len(images) // 2))
     portions = chunks(model, _after(images, len(fitted_on)).first(MOST_IMAGES))
@@ -40,16 +40,11 @@ def output_errors(
     found = {}
     for done, (name, order) in enumerate(orders.items(), 1):
         size = len(order.order)
-        counts = sorted({max(1, round(share * size)) for share in TRIED} - {size}, reverse=True)
-        factors = []
-        for count in counts:
-            cut = compensate(model, {name: order.kept(count)}, fitted_on)
-            error = _distance(_outputs(cut, portions), expected)
-            factors.append(error / max(float(order.errors[size - count]), _LEAST))
-        removed = [size - count for count in counts]
-        scale = np.interp(np.arange(size), removed, factors) if removed else np.ones(size)
-        errors = np.maximum.accumulate(order.errors * scale)
-        found[name] = replace(order, errors=errors)
+        count = max(1, round(TRIED * size))
+        cut = compensate(model, {name: order.kept(count)}, fitted_on)
+        error = _distance(_outputs(cut, portions), expected)
+        factor = error / max(float(order.errors[size - count]), _LEAST)
+        found[name] = replace(order, errors=factor * order.errors)
         progress(done / len(orders))
     return found
 
