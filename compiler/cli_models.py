@@ -155,7 +155,7 @@ def prune(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The pruned ONNX model.")],
     density: Annotated[
-        float | None, typer.Option(help="Share of each layer's weights that stay, 0 to 1.")
+        float | None, typer.Option(help="Share of each layer's weights or filters, 0 to 1.")
     ] = None,
     pattern: Annotated[
         str, typer.Option(help="unstructured, block4x1, block8x1, filter, or N:M such as 2:4.")
@@ -167,7 +167,7 @@ def prune(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Set the smallest weights to zero, once and without training: for trying out speed."""
+    """Set the smallest weights to zero, or cut filters out, once and without training."""
     from topiarist.compiler.frontend import load_onnx
     from topiarist.pruning.one_shot import prune_model
 
