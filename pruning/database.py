@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -31,6 +31,7 @@ from topiarist.pruning.level import DENSE, Level, levels_of
 from topiarist.pruning.moments import PASS_BYTES, Moments, gather_moments, moments_bytes
 from topiarist.pruning.obs import Array, Removals
 from topiarist.pruning.one_shot import reasons_to_keep
+from topiarist.pruning.patterns import Mask
 from topiarist.pruning.removal import (
     Criterion,
     kept,
@@ -82,13 +83,22 @@ class Database:
         """
         return 0.0 if level == DENSE else self._entry(layer, level).errors[level]
 
+    def masks(self, layer: str, levels: Sequence[Level]) -> Iterator[Mask]:
+        """Which weights [O, C / groups, kh, kw] stay at each of the levels, without dense."""
+        removals: dict[str, Removals] = {}
+        for level in levels:
+            entry = self._entry(layer, level)
+            if level.pattern not in removals:
+                path = entry.removals_file(level.pattern)
+                removals[level.pattern], _ = _read_removals(path, entry.key)
+            yield kept(entry.layer, removals[level.pattern], level)
+
     def weight(self, layer: str, level: Level) -> NDArray[np.float32]:
         """The weights [O, C / groups, kh, kw] at a level."""
         if level == DENSE:
             return self.entries[layer].layer.weight.astype(np.float32)
         entry = self._entry(layer, level)
-        removals, _ = _read_removals(entry.removals_file(level.pattern), entry.key)
-        mask = kept(entry.layer, removals, level)
+        (mask,) = self.masks(layer, [level])
         if self.criterion == "magnitude":
             return np.where(mask, entry.layer.weight, 0).astype(np.float32)
         with one_blas_thread():
