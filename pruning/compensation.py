@@ -57,7 +57,7 @@ def compensate(
         layer = item.layer
         if layer.weight[0].size <= MOST_COLUMNS:
             for run in runs:
-                _advance_to(run, layer)
+                run.advance_to(layer.node.input[0])
             weight, gain = _fit(layer, columns, *(run.values for run in runs))
             _put(fitted, layer, weight, gain)
         progress(done / len(reading))
@@ -98,14 +98,6 @@ def _take_away(
             old = constants[name].reshape(-1) if name else np.zeros(1, layer.weight.dtype)
             places[index, 2] = np.broadcast_to(old, len(layer.weight))
     replace_inputs(model.graph, places)
-
-
-def _advance_to(run: SegmentedRun, layer: WeightedLayer) -> None:
-    """Run what comes before the layer."""
-    name = layer.node.input[0]
-    if name not in run.values[0]:
-        made = [name in node.output for node in run.model.graph.node]
-        run.advance(made.index(True))
 
 
 def _put(model: onnx.ModelProto, layer: WeightedLayer, weight: NDArray[Any], gain: Array) -> None:
