@@ -41,10 +41,10 @@ from topiarist.pruning.allocation import (
 from topiarist.pruning.calibration import Images
 from topiarist.pruning.database import Database
 from topiarist.pruning.layers import replace_weights, weighted_layers
-from topiarist.pruning.level import BLOCK_ROWS, DENSE, Level
-from topiarist.pruning.patterns import Mask, find_pattern
+from topiarist.pruning.level import DENSE, Level
+from topiarist.pruning.signatures import signature_of
 from topiarist.pruning.stitch import stitch
-from topiarist.schedules.workload import SparsitySignature, signature
+from topiarist.schedules.workload import SparsitySignature
 from topiarist.targets.spec import TargetSpec
 
 TOLERANCE = 0.03  # of the latency asked for
@@ -377,40 +377,28 @@ class _Plan:
         database: Database,
         signatures: Mapping[str, Mapping[Level, SparsitySignature]],
     ) -> _Plan:
+        asked: list[tuple[str, SparsitySignature | None]] = [(name, None) for name in prices.layers]
+        for name, zeros in signatures.items():
+            asked += [(name, sparsity) for sparsity in zeros.values()]
+        found = iter([price.run_us for price in prices.prices(asked)])
+        own = {name: next(found) for name in prices.layers}
         layers = []
         for name, zeros in signatures.items():
-            options = [Option(DENSE, prices.price(name).run_us, 0.0)]
-            for level, sparsity in zeros.items():
-                run_us = prices.price(name, sparsity).run_us
-                options.append(Option(level, run_us, database.error(name, level)))
+            options = [Option(DENSE, own[name], 0.0)]
+            options += [Option(lv, next(found), database.error(name, lv)) for lv in zeros]
             layers.append(LayerOptions(name, tuple(options)))
-        fixed = {
-            name: prices.price(name).run_us for name in prices.layers if name not in signatures
-        }
-        return _Plan(tuple(layers), fixed)
+        return _Plan(tuple(layers), {n: us for n, us in own.items() if n not in signatures})
 
 
 def _signatures(database: Database, prices: Prices) -> dict[str, dict[Level, SparsitySignature]]:
-    """Where the zeros of each layer would be at each level.
-
-    Of the layers that the compiler knows by the same name.
-    """
-    return {
-        name: {
-            level: _signature(mask, level)
-            for level, mask in zip(
-                database.levels(name), database.masks(name, database.levels(name)), strict=True
-            )
-        }
-        for name in database.layers
-        if name in prices.layers
-    }
-
-
-def _signature(mask: Mask, level: Level) -> SparsitySignature:
-    """What the compiler would find in weights with these zeros."""
-    pattern = level.pattern if level.pattern in BLOCK_ROWS else str(find_pattern(mask))
-    return signature(mask.astype(np.float32), pattern)
+    """Where the zeros are at each level of the layers that the compiler knows by the same name."""
+    found = {}
+    for name in database.layers:
+        if name in prices.layers:
+            levels = database.levels(name)
+            masks = zip(levels, database.masks(name, levels), strict=True)
+            found[name] = {level: signature_of(mask, level) for level, mask in masks}
+    return found
 
 
 def _density(model: onnx.ModelProto, layers: Collection[str]) -> float:

@@ -48,9 +48,7 @@ def forecast(manifest: Manifest, model: Path, latency_model: Path | None = None)
         Curve(layer.layer, DENSITIES, times[layer.layer], _measured(layer.density, layer.run_us))
         for layer in manifest.layers
     ]
-    return Predictions(
-        source.name, layer_us, (*curves, _network(manifest, graph, layer_us, times))
-    )
+    return Predictions(source.name, layer_us, (*curves, _network(manifest, graph, layer_us, times)))
 
 
 def check_model(manifest: Manifest, graph: Graph, model: Path) -> None:
