@@ -11,7 +11,8 @@ choice is reconstructed. A layer that zeros would not make faster stays dense (P
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from topiarist.compiler.output_file import write_file
 from topiarist.compiler.pipeline import compile_model
 from topiarist.compiler.prices import Prices, open_prices
 from topiarist.compiler.simplify import simplify
+from topiarist.compiler.tune import HOPELESS_LAYOUTS
 from topiarist.errors import BudgetError
 from topiarist.pruning.allocation import (
     Allocation,
@@ -172,7 +174,9 @@ class GuidedPruner:
         graph = simplify(extract_layers(import_model(model, batch=batch)))
         prices = open_prices(graph, target, threads, source.pricer)
         signatures = _signatures(database, prices[0])
-        self.plans = [_Plan.of(one, database, signatures) for one in prices]
+        limit_us = prices[0].total_us * HOPELESS_LAYOUTS
+        hopeful = [one for one in prices if one.total_us <= limit_us]
+        self.plans = [_Plan.of(one, database, signatures) for one in hopeful]
         self.dense_bundle = self._compile(model, "dense.topi", dense=True)
         self.dense_us = self._time_alone(self.dense_bundle)
         manifest = read_manifest(self.dense_bundle)
@@ -391,13 +395,19 @@ class _Plan:
 
 
 def _signatures(database: Database, prices: Prices) -> dict[str, dict[Level, SparsitySignature]]:
-    """Where the zeros are at each level of the layers that the compiler knows by the same name."""
+    """Where the zeros are at each level of the layers that the compiler knows by the same name.
+
+    Of layers that are alike the first one speaks for all.
+    """
+    alike: dict[Hashable, dict[Level, SparsitySignature]] = defaultdict(dict)
     found = {}
     for name in database.layers:
         if name in prices.layers:
-            levels = database.levels(name)
-            masks = zip(levels, database.masks(name, levels), strict=True)
-            found[name] = {level: signature_of(mask, level) for level, mask in masks}
+            levels, known = database.levels(name), alike[prices.place(name)]
+            new = [level for level in levels if level not in known]
+            masks = zip(new, database.masks(name, new), strict=True)
+            known |= {level: signature_of(mask, level) for level, mask in masks}
+            found[name] = {level: known[level] for level in levels}
     return found
 
 
