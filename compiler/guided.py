@@ -27,6 +27,7 @@ from topiarist.compiler.frontend import import_model, load_onnx
 from topiarist.compiler.input_data import random_inputs
 from topiarist.compiler.latency import Source
 from topiarist.compiler.output_file import write_file
+from topiarist.compiler.parts import Parts
 from topiarist.compiler.pipeline import compile_model
 from topiarist.compiler.prices import Prices, open_prices
 from topiarist.compiler.simplify import simplify
@@ -171,6 +172,7 @@ class GuidedPruner:
         self.batch = batch
         self.even = even
         self.progress = progress
+        self._parts = Parts(target, threads)
         graph = simplify(extract_layers(import_model(model, batch=batch)))
         prices = open_prices(graph, target, threads, source.pricer)
         signatures = _signatures(database, prices[0])
@@ -346,6 +348,7 @@ class GuidedPruner:
             batch=self.batch,
             dense=dense,
             log=self.folder / "timings.jsonl",
+            parts=self._parts,
             progress=self.progress,
         )
         return output
