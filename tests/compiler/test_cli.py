@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner, Result
 
-from topiarist.compiler import cli_bundles, cli_models
+from topiarist.compiler import cli_bundles, cli_prune
 from topiarist.compiler.cli import app
 from topiarist.targets import registry
 
@@ -157,7 +157,7 @@ def test_prune_cuts_filters_out(conv_model: Path, tmp_path: Path) -> None:
 
 
 def test_layer_names_with_an_equals_sign() -> None:
-    assert cli_models.parse_layer_density("a=b=0.5") == ("a=b", 0.5)
+    assert cli_prune.parse_layer_density("a=b=0.5") == ("a=b", 0.5)
 
 
 def test_outputs_that_cannot_be_written(conv_model: Path, tmp_path: Path) -> None:
