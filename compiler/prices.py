@@ -182,9 +182,7 @@ class Prices:
         workload = replace(self.workloads[layer], sparsity=sparsity)
         site = self.parts.site(workload, conv_views(node, self.layouts))
         variants = [v for v in candidates(layer, site, self._error) if v.kernel.sparse == sparse]
-        return [
-            self.device.what_conv(site, v.kernel, v.config) for v in shortlist(variants, site)
-        ]
+        return [self.device.what_conv(site, v.kernel, v.config) for v in shortlist(variants, site)]
 
     def _shape(self, node: Linear) -> LinearShape:
         return linear_shape(node, self.graph.values[node.inputs[0]].shape[0])

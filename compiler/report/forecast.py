@@ -48,9 +48,7 @@ def forecast(manifest: Manifest, model: Path, latency_model: Path | None = None)
         Curve(layer.layer, DENSITIES, times[layer.layer], _measured(layer.density, layer.run_us))
         for layer in manifest.layers
     ]
-    return Predictions(
-        source.name, layer_us, (*curves, _network(manifest, graph, layer_us, times))
-    )
+    return Predictions(source.name, layer_us, (*curves, _network(manifest, graph, layer_us, times)))
 
 
 def check_model(manifest: Manifest, graph: Graph, model: Path) -> None:
@@ -100,7 +98,7 @@ def _alike(manifest: Manifest, graph: Graph, layouts: LayoutPlan) -> int:
 
 def _times(prices: Prices) -> dict[str, Times]:
     """Each layer's predicted times in its pattern; layers that are alike share them."""
-    groups: dict[Hashable, list[str]] = {}
+    groups: dict[tuple[Hashable, str], list[str]] = {}
     for name in prices.layers:
         groups.setdefault((prices.place(name), _pattern(prices, name)), []).append(name)
     asked: list[tuple[str, SparsitySignature | None]] = []

@@ -16,7 +16,6 @@ from topiarist.compiler.manifest import Manifest
 from topiarist.compiler.output_file import check_output, write_file
 from topiarist.errors import BundleError
 
-
 Point = tuple[float, float]
 SWEEP_FORMAT = "topiarist-sweep"
 
