@@ -11,7 +11,8 @@ choice is reconstructed. A layer that zeros would not make faster stays dense (P
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from topiarist.compiler.output_file import write_file
 from topiarist.compiler.pipeline import compile_model
 from topiarist.compiler.prices import Prices, open_prices
 from topiarist.compiler.simplify import simplify
+from topiarist.compiler.tune import HOPELESS_LAYOUTS
 from topiarist.errors import BudgetError
 from topiarist.pruning.allocation import (
     Allocation,
@@ -41,10 +43,10 @@ from topiarist.pruning.allocation import (
 from topiarist.pruning.calibration import Images
 from topiarist.pruning.database import Database
 from topiarist.pruning.layers import replace_weights, weighted_layers
-from topiarist.pruning.level import BLOCK_ROWS, DENSE, Level
-from topiarist.pruning.patterns import Mask, find_pattern
+from topiarist.pruning.level import DENSE, Level
+from topiarist.pruning.signatures import signature_of
 from topiarist.pruning.stitch import stitch
-from topiarist.schedules.workload import SparsitySignature, signature
+from topiarist.schedules.workload import SparsitySignature
 from topiarist.targets.spec import TargetSpec
 
 TOLERANCE = 0.03  # of the latency asked for
@@ -172,7 +174,9 @@ class GuidedPruner:
         graph = simplify(extract_layers(import_model(model, batch=batch)))
         prices = open_prices(graph, target, threads, source.pricer)
         signatures = _signatures(database, prices[0])
-        self.plans = [_Plan.of(one, database, signatures) for one in prices]
+        limit_us = prices[0].total_us * HOPELESS_LAYOUTS
+        hopeful = [one for one in prices if one.total_us <= limit_us]
+        self.plans = [_Plan.of(one, database, signatures) for one in hopeful]
         self.dense_bundle = self._compile(model, "dense.topi", dense=True)
         self.dense_us = self._time_alone(self.dense_bundle)
         manifest = read_manifest(self.dense_bundle)
@@ -377,40 +381,34 @@ class _Plan:
         database: Database,
         signatures: Mapping[str, Mapping[Level, SparsitySignature]],
     ) -> _Plan:
+        asked: list[tuple[str, SparsitySignature | None]] = [(name, None) for name in prices.layers]
+        for name, zeros in signatures.items():
+            asked += [(name, sparsity) for sparsity in zeros.values()]
+        found = iter([price.run_us for price in prices.prices(asked)])
+        own = {name: next(found) for name in prices.layers}
         layers = []
         for name, zeros in signatures.items():
-            options = [Option(DENSE, prices.price(name).run_us, 0.0)]
-            for level, sparsity in zeros.items():
-                run_us = prices.price(name, sparsity).run_us
-                options.append(Option(level, run_us, database.error(name, level)))
+            options = [Option(DENSE, own[name], 0.0)]
+            options += [Option(lv, next(found), database.error(name, lv)) for lv in zeros]
             layers.append(LayerOptions(name, tuple(options)))
-        fixed = {
-            name: prices.price(name).run_us for name in prices.layers if name not in signatures
-        }
-        return _Plan(tuple(layers), fixed)
+        return _Plan(tuple(layers), {n: us for n, us in own.items() if n not in signatures})
 
 
 def _signatures(database: Database, prices: Prices) -> dict[str, dict[Level, SparsitySignature]]:
-    """Where the zeros of each layer would be at each level.
+    """Where the zeros are at each level of the layers that the compiler knows by the same name.
 
-    Of the layers that the compiler knows by the same name.
+    Of layers that are alike the first one speaks for all.
     """
-    return {
-        name: {
-            level: _signature(mask, level)
-            for level, mask in zip(
-                database.levels(name), database.masks(name, database.levels(name)), strict=True
-            )
-        }
-        for name in database.layers
-        if name in prices.layers
-    }
-
-
-def _signature(mask: Mask, level: Level) -> SparsitySignature:
-    """What the compiler would find in weights with these zeros."""
-    pattern = level.pattern if level.pattern in BLOCK_ROWS else str(find_pattern(mask))
-    return signature(mask.astype(np.float32), pattern)
+    alike: dict[Hashable, dict[Level, SparsitySignature]] = defaultdict(dict)
+    found = {}
+    for name in database.layers:
+        if name in prices.layers:
+            levels, known = database.levels(name), alike[prices.place(name)]
+            new = [level for level in levels if level not in known]
+            masks = zip(new, database.masks(name, new), strict=True)
+            known |= {level: signature_of(mask, level) for level, mask in masks}
+            found[name] = {level: known[level] for level in levels}
+    return found
 
 
 def _density(model: onnx.ModelProto, layers: Collection[str]) -> float:

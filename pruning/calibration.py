@@ -17,7 +17,7 @@ from topiarist.errors import CalibrationError
 Arrays = dict[str, NDArray[Any]]
 
 LABELS = "labels"
-FEWEST = 8  # images; below that every statistic of a channel is noise
+FEWEST = 4  # images; below that every statistic of a channel is noise
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ import onnx
 from numpy.typing import NDArray
 from scipy import linalg
 
+from topiarist.errors import CalibrationError
 from topiarist.pruning.calibration import Arrays, Images, batch_size
 from topiarist.pruning.channel_order import MOST_COLUMNS, MOST_IMAGES
 from topiarist.pruning.channels import LayerChannels, Numbers, channel_map
-from topiarist.pruning.cores import on_all_cores
+from topiarist.pruning.cores import on_all_cores, one_blas_thread
 from topiarist.pruning.correction import VALUE_BYTES
 from topiarist.pruning.forward import chunks, run_chunks
 from topiarist.pruning.layers import WeightedLayer, attribute, constant_arrays, replace_inputs
@@ -39,7 +40,7 @@ def compensate(
     """A copy of the model that no longer reads the channels that `shrink(model, kept)` cuts.
 
     The layers that read them are refitted, those with more than MOST_COLUMNS inputs not. Raises
-    ValueError as `shrink` does, CalibrationError for images that the model doesn't take.
+    ValueError as `shrink` does, CalibrationError for images that nothing can be fitted to.
     """
     channels = channel_map(model)
     mask = channels.mask(kept)
@@ -56,7 +57,7 @@ def compensate(
         layer = item.layer
         if layer.weight[0].size <= MOST_COLUMNS:
             for run in runs:
-                _advance_to(run, layer)
+                run.advance_to(layer.node.input[0])
             weight, gain = _fit(layer, columns, *(run.values for run in runs))
             _put(fitted, layer, weight, gain)
         progress(done / len(reading))
@@ -99,14 +100,6 @@ def _take_away(
     replace_inputs(model.graph, places)
 
 
-def _advance_to(run: SegmentedRun, layer: WeightedLayer) -> None:
-    """Run what comes before the layer."""
-    name = layer.node.input[0]
-    if name not in run.values[0]:
-        made = [name in node.output for node in run.model.graph.node]
-        run.advance(made.index(True))
-
-
 def _put(model: onnx.ModelProto, layer: WeightedLayer, weight: NDArray[Any], gain: Array) -> None:
     """Give the layer its new weight, and a bias that is larger by `gain`; Gemm scales both."""
     index = _index(model, layer)
@@ -143,9 +136,8 @@ class _Problem:
         """The best D if it is damped in the first columns, by a share of their mean square."""
         diagonal = np.full(len(self.square), damping * np.diagonal(self.square).mean() + 1e-12)
         diagonal[columns:] = 0
-        best: Array = linalg.solve(
-            self.square + np.diag(diagonal), self.missing.T, assume_a="pos"
-        ).T
+        factor = linalg.cho_factor(self.square + np.diag(diagonal), overwrite_a=True)
+        best: Array = linalg.cho_solve(factor, self.missing.T).T
         return best
 
     def gain(self, change: Array) -> float:
@@ -174,16 +166,26 @@ def _fit(
     damping: float | None = DAMPINGS[-1]
     if others < len(cut):
         testing = _problem(layer, weight, start, used, whole[others:], cut[others:])
-        gains = {d: testing.gain(fitting.solve(d, kept.size)) for d in DAMPINGS}
-        best = max(gains, key=lambda d: gains[d])
-        damping = best if gains[best] > 0 else None
+        damping = _best_damping(fitting, testing, kept.size)
         fitting = _Problem(fitting.square + testing.square, fitting.missing + testing.missing)
     if damping is not None:
-        start += fitting.solve(damping, kept.size)
+        with one_blas_thread():
+            start += fitting.solve(damping, kept.size)
     result = np.zeros_like(weight)
     result[:, kept] = start[:, : kept.size]
     gain = start[:, kept.size] if used.size > kept.size else np.zeros(len(weight))
     return result.reshape(layer.weight.shape).astype(layer.weight.dtype), gain
+
+
+def _best_damping(fitting: _Problem, testing: _Problem, columns: int) -> float | None:
+    """The damping whose fit is best for other images, None if each does harm there."""
+
+    def gain(damping: float) -> float:
+        return testing.gain(fitting.solve(damping, columns))
+
+    gains = dict(zip(DAMPINGS, on_all_cores(gain, DAMPINGS), strict=True))
+    best = max(gains, key=lambda damping: gains[damping])
+    return best if gains[best] > 0 else None
 
 
 def _problem(
@@ -200,13 +202,19 @@ def _problem(
     def multiply(number: int) -> _Problem:
         after = _columns(layer, cut[number][name])[used]
         before = _columns(layer, whole[number][name])[:-1]
-        square = after @ after.T
-        return _Problem(square, weight @ (before @ after.T) - start @ square)
+        with np.errstate(invalid="ignore", over="ignore"):  # looked at below
+            square = after @ after.T
+            return _Problem(square, (weight @ before) @ after.T - start @ square)
 
     total = _Problem(np.zeros((used.size, used.size)), np.zeros_like(start))
     for part in on_all_cores(multiply, range(len(cut))):
         np.add(total.square, part.square, out=total.square)
         np.add(total.missing, part.missing, out=total.missing)
+    if not (np.isfinite(total.square).all() and np.isfinite(total.missing).all()):
+        raise CalibrationError(
+            f"{layer.name}: its inputs overflow or are NaN for these images; are they scaled as "
+            "the network expects?"
+        )
     return total
 
 

@@ -20,6 +20,7 @@ from topiarist.errors import ModelError
 from topiarist.pruning.calibration import Arrays, Images
 from topiarist.pruning.forward import chunks, run_chunks
 from topiarist.pruning.layers import WeightedLayer, replace_weights, weighted_layers
+from topiarist.pruning.refit import refit as fit_layer
 from topiarist.pruning.segments import SegmentedRun
 
 MOST_IMAGES = 512
@@ -42,9 +43,14 @@ def correct_statistics(
     dense: onnx.ModelProto,
     pruned: onnx.ModelProto,
     images: Images,
+    *,
+    refit: bool = False,
     progress: Callable[[float], None] = lambda share: None,
 ) -> onnx.ModelProto:
-    """A copy of `pruned`, the same network with other weights, with the statistics of `dense`."""
+    """A copy of `pruned`, the same network with other weights, with the statistics of `dense`.
+
+    With `refit` the weights that stay are fitted to the outputs of `dense` before.
+    """
     corrected = onnx.ModelProto()
     corrected.CopyFrom(pruned)
     layers = _correctable(corrected)
@@ -52,12 +58,14 @@ def correct_statistics(
         return corrected
     portions = _portions(dense, layers, images)
     wanted = channel_statistics(dense, [layer.node.output[0] for layer in layers], portions)
-    position = {node.output[0]: i for i, node in enumerate(pruned.graph.node)}
+    changed = _changed(dense, pruned, layers)
     run = SegmentedRun(corrected, portions)
+    original = SegmentedRun(dense, portions) if refit else None
     for done, layer in enumerate(layers, 1):
-        output = layer.node.output[0]
-        run.advance(position[output])
-        _correct(corrected, layer, wanted[output], run.values)
+        if original is not None and layer.name in changed:
+            _refit(corrected, layer, run, original)
+        run.advance_to(layer.node.output[0])
+        _correct(corrected, layer.name, wanted[layer.node.output[0]], run.values)
         progress(done / len(layers))
     return corrected
 
@@ -71,6 +79,26 @@ def channel_statistics(
         for name, array in values.items():
             sums[name] = sums.get(name, 0.0) + _sums(array)
     return {name: _statistics(total, name) for name, total in sums.items()}
+
+
+def _changed(
+    dense: onnx.ModelProto, pruned: onnx.ModelProto, layers: Sequence[WeightedLayer]
+) -> set[str]:
+    """The layers with other weights than in the dense network."""
+    before = {layer.name: layer.weight for layer in weighted_layers(dense)}
+    return {v.name for v in layers if not np.array_equal(before[v.name], v.weight)}
+
+
+def _refit(
+    model: onnx.ModelProto, layer: WeightedLayer, run: SegmentedRun, original: SegmentedRun
+) -> None:
+    """Change one layer of the model that both runs have not reached yet."""
+    data, output = layer.node.input[0], layer.node.output[0]
+    run.advance_to(data)
+    original.advance_to(output)
+    inputs = [values[data] for values in run.values]
+    weight = fit_layer(layer, inputs, [values[output] for values in original.values])
+    replace_weights(model, {layer.weight_name: layer.as_stored(weight.astype(layer.weight.dtype))})
 
 
 def _correctable(model: onnx.ModelProto) -> list[WeightedLayer]:
@@ -91,9 +119,10 @@ def _portions(
 
 
 def _correct(
-    model: onnx.ModelProto, layer: WeightedLayer, wanted: ChannelStatistics, values: list[Arrays]
+    model: onnx.ModelProto, name: str, wanted: ChannelStatistics, values: list[Arrays]
 ) -> None:
     """Change one layer of the model, and its outputs with it."""
+    layer = next(v for v in weighted_layers(model) if v.name == name)
     output = layer.node.output[0]
     total = sum(_sums(portion[output]) for portion in values)
     assert not isinstance(total, int)

@@ -30,9 +30,11 @@ from topiarist.pruning.layers import WeightedLayer, weighted_layers
 from topiarist.pruning.level import DENSE, Level, levels_of
 from topiarist.pruning.moments import PASS_BYTES, Moments, gather_moments, moments_bytes
 from topiarist.pruning.obs import Array, Removals
+from topiarist.pruning.obs_rounds import EXACT_COLUMNS
 from topiarist.pruning.one_shot import reasons_to_keep
 from topiarist.pruning.patterns import Mask
 from topiarist.pruning.removal import (
+    WIDE,
     Criterion,
     kept,
     losses,
@@ -268,7 +270,9 @@ def _losses_of_zeros(
 def _work(layer: WeightedLayer) -> float:
     """How long a layer takes, in some unit."""
     columns = layer.weight[0].size
-    return float(len(layer.weight) * (columns**3 + 5e5 * columns))
+    exact = min(columns, EXACT_COLUMNS) if columns > WIDE else columns
+    rounds = 500 * columns**2 if columns > WIDE else 0
+    return float(len(layer.weight) * (exact**3 + rounds + 5e5 * exact))
 
 
 def _bytes(entries: Sequence[_Entry]) -> int:

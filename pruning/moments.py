@@ -62,7 +62,7 @@ def gather_moments(
             places[index] += count
         waiting = []
         progress(done / len(portions))
-    found = [Moments(_whole(s) / max(n, 1), n) for s, n in zip(sums, places, strict=True)]
+    found = [Moments(whole_matrices(s) / max(n, 1), n) for s, n in zip(sums, places, strict=True)]
     for layer, moments in zip(layers, found, strict=True):
         _check(layer, moments)
     return found
@@ -121,25 +121,29 @@ def _add(
     total, layer, values = sums[index], layers[index], np.concatenate(inputs[index])
     if layer.kind != "Conv":
         rows = values.reshape(-1, values.shape[-1]).astype(np.float64)
-        _add_products(total[0], np.ascontiguousarray(rows.T))
+        add_products(total, np.ascontiguousarray(rows.T)[None])
         return len(rows)
     places = 0
-    per_image = 8 * total.shape[1] * values[0, 0].size
-    step = max(1, UNFOLDED_BYTES // per_image)
-    for start in range(0, len(values), step):
-        unfolded = unfold(layer, values[start : start + step])
-        for group, columns in enumerate(unfolded):
-            _add_products(total[group], columns)
+    for part in image_parts(layer, values):
+        unfolded = unfold(layer, values[part])
+        add_products(total, unfolded)
         places += unfolded.shape[2]
     return places
 
 
-def _add_products(total: Array, columns: Array) -> None:
-    """Add x x^T for [c, places] to the upper triangle."""
-    blas.dsyrk(1.0, columns.T, 1.0, total.T, trans=1, lower=1, overwrite_c=1)
+def image_parts(layer: WeightedLayer, values: NDArray[Any]) -> list[slice]:
+    """Images [N, ...] in parts that can be unfolded at once."""
+    step = max(1, UNFOLDED_BYTES // (8 * layer.weight[0].size * values[0, 0].size))
+    return [slice(start, start + step) for start in range(0, len(values), step)]
 
 
-def _whole(upper: Array) -> Array:
+def add_products(total: Array, columns: Array) -> None:
+    """Add x x^T for [groups, c, places] to the upper triangles [groups, c, c]."""
+    for upper, x in zip(total, columns, strict=True):
+        blas.dsyrk(1.0, x.T, 1.0, upper.T, trans=1, lower=1, overwrite_c=1)
+
+
+def whole_matrices(upper: Array) -> Array:
     """The symmetric matrices [groups, c, c] with these upper triangles."""
     return np.triu(upper) + np.triu(upper, 1).transpose(0, 2, 1)
 

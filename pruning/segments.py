@@ -22,26 +22,29 @@ class SegmentedRun:
         self.model = model
         self.values: list[Arrays] = [dict(portion) for portion in portions]
         self._done = 0
+        self._position = {o: i for i, n in enumerate(model.graph.node) for o in n.output if o}
         graph = model.graph
         inputs = {value.name for value in graph.input} - {t.name for t in graph.initializer}
         self._moving = _depends_on(graph, inputs)
 
-    def advance(self, last: int) -> None:
-        """Run the nodes up to the one with this index."""
+    def advance_to(self, name: str) -> None:
+        """Run the nodes up to the one that makes the value with this name, as far as not done."""
+        last = self._position.get(name, -1)
+        if last < self._done:
+            return
         nodes = [
             node
             for index, node in enumerate(self.model.graph.node)
             if self._done <= index <= last or not self._moving.intersection(node.output)
         ]
-        later = self._later(last)
-        made = [o for node in nodes for o in node.output if o and o in self._moving]
-        wanted = [o for o in made if o in later or o in self.model.graph.node[last].output]
+        later = {name, *self._later(last)}
+        wanted = [o for node in nodes for o in node.output if o in self._moving and o in later]
         given = set(self.values[0]) & {n for node in nodes for n in _reads(node)}
         session = open_session(self._piece(nodes, sorted(given), wanted))
         for values in self.values:
             values |= run_session(session, values, wanted)
-            for name in set(values) - later - set(wanted):
-                del values[name]
+            for old in set(values) - later:
+                del values[old]
         self._done = last + 1
 
     def _later(self, last: int) -> set[str]:

@@ -29,7 +29,7 @@ def signatures_at(
 ) -> list[SparsitySignature]:
     """As `signature_at`, of several levels."""
     scores = _scores(weight)
-    return [_signature(_mask(scores, level, groups), level) for level in levels]
+    return [signature_of(_mask(scores, level, groups), level) for level in levels]
 
 
 def _scores(weight: NDArray[Any]) -> Scores:
@@ -54,6 +54,7 @@ def _mask(scores: Scores, level: Level, groups: int) -> Mask:
     return block_mask(scores, level.density, groups, BLOCK_ROWS[level.pattern])
 
 
-def _signature(mask: Mask, level: Level) -> SparsitySignature:
+def signature_of(mask: Mask, level: Level) -> SparsitySignature:
+    """What the compiler finds in a weight [O, C / groups, kh, kw] with these zeros."""
     dense = np.count_nonzero(mask) >= DENSE_FROM * mask.size
     return signature(mask.view(np.int8), "dense" if dense else level.pattern)

@@ -18,12 +18,15 @@ def stitch(
     database: Database,
     choice: Mapping[str, Level],
     images: Images,
+    *,
+    refit: bool = True,
     progress: Callable[[float], None] = lambda share: None,
 ) -> onnx.ModelProto:
     """A copy of the model with each layer at its level and its statistics corrected.
 
-    Layers that are not named stay dense. Raises ValueError for a layer or level that the database
-    doesn't have.
+    Layers that are not named stay dense. `refit` fits the weights once more, to the inputs that
+    they have in the pruned network; it takes as long as calibration and keeps all zeros. Raises
+    ValueError for a layer or level that the database doesn't have.
     """
     for name in choice:
         if name not in database.layers:
@@ -39,4 +42,4 @@ def stitch(
             replace_weights(pruned, {layer.weight_name: layer.as_stored(weight)})
     if all(level == DENSE for level in choice.values()):
         return pruned
-    return correct_statistics(model, pruned, images, progress)
+    return correct_statistics(model, pruned, images, refit=refit, progress=progress)

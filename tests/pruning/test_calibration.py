@@ -52,7 +52,7 @@ def test_batch_size():
         ({"x": _images()[:, :2]}, r"must be \[N, 3, 4, 4\], got \[8, 2, 4, 4\]"),
         ({"x": _images()[0]}, r"must be \[N, 3, 4, 4\], got \[3, 4, 4\]"),
         ({"x": _images().astype(np.uint8)}, "must be float32, got uint8: .* normalised"),
-        ({"x": _images(7)}, "7 images are too few"),
+        ({"x": _images(3)}, "3 images are too few"),
         ({"x": np.where(_images() > 2, np.nan, _images())}, "NaN or infinite values, first in"),
         ({"x": _images(), "labels": np.arange(5)}, "labels must be 8 class numbers"),
         ({"x": _images(), "labels": np.zeros(8)}, "labels must be 8 class numbers, got float64"),

@@ -6,7 +6,7 @@ import pytest
 
 from tests.models import Net, random_inputs, relative_error, run_onnx
 from tests.pruning.channel_nets import NETWORKS, plain, residual, silence, some_kept
-from topiarist.errors import BudgetError
+from topiarist.errors import BudgetError, CalibrationError
 from topiarist.pruning import channel_order
 from topiarist.pruning.calibration import Images
 from topiarist.pruning.channel_errors import output_errors
@@ -148,6 +148,32 @@ def test_compensation_is_exact_where_channels_repeat():
     assert error < 0.1 * relative_error(
         run_onnx(shrink(model, kept), inputs)[0], run_onnx(model, inputs)[0]
     )
+
+
+def test_images_that_overflow_are_refused():
+    model = _two_layers()
+    images = Images({"x": np.full((8, 3, 6, 6), 3e38, np.float32)})
+    with pytest.raises(CalibrationError, match="read: its inputs overflow"):
+        compensate(model, {"make": [0, 1]}, images)
+    with pytest.raises(CalibrationError, match="read: its inputs overflow"):
+        obs_orders(model, channel_map(model), images)
+
+
+def test_few_images_are_not_learnt_by_heart():
+    """A classifier of 40 inputs and 24 images: other images must not lose."""
+    net = Net()
+    x = net.node("Relu", net.conv(net.input("N", 3, 6, 6), 48, 3, name="make"))
+    x = net.node("Flatten", net.node("GlobalAveragePool", x))
+    model = net.model(net.node("Gemm", x, net.weight(10, 48), net.weight(10), transB=1))
+    kept = {"make": range(8, 48)}
+    fitted = shrink(compensate(model, kept, _images(model)), kept)
+    inputs = random_inputs(model, batch=200, seed=9)
+    expected = run_onnx(model, inputs)[0]
+    errors = [
+        np.square(run_onnx(small, inputs)[0] - expected).mean()
+        for small in (fitted, shrink(model, kept))
+    ]
+    assert errors[0] < 1.1 * errors[1]
 
 
 def test_nothing_cut_is_nothing_changed():
