@@ -113,7 +113,7 @@ def test_every_layer_and_the_network(bundle: Path, model: Path) -> None:
     for curve in predictions.curves:
         assert curve.measured is None
         times = [us for _, us in curve.points()]
-        assert times == sorted(times, reverse=True) and times[0] > times[-1]
+        assert times == sorted(times, reverse=True)
     assert curve_of(predictions, "one").densities == DENSITIES
     assert curve_of(predictions, "one").microseconds == curve_of(predictions, "two").microseconds
     one = curve_of(predictions, "one")
@@ -166,7 +166,7 @@ def test_only_the_model_that_was_compiled(bundle: Path, tmp_path: Path) -> None:
     """Says which layer tells it apart, and where the right file was."""
     manifest = read_manifest(bundle)
     other = save(tmp_path / "other.onnx", one=0.1, two=0.3)
-    with pytest.raises(BundleError, match=r"30\.0 % of the weights of two .* net\.onnx"):
+    with pytest.raises(BundleError, match=r"30\.0 % of the weights of two .*net\.onnx"):
         forecast(manifest, other)
     with pytest.raises(BundleError, match="it lacks four"):
         (*rest, last) = manifest.layers
