@@ -29,9 +29,9 @@ from topiarist.targets.detect import available_cores
 
 Mask = NDArray[np.bool_]
 
-EXACT_COLUMNS = 1024  # that a block is left with for the exact way
+EXACT_COLUMNS = 512  # that a block is left with for the exact way
 ROUND_SHARE = 0.1  # of the columns left that go in a round
-SOLVER_STEPS = 20
+SOLVER_STEPS = 12
 SOLVER_ERROR = 1e-2  # of the gradient's norm
 _SAMPLES = 2
 

@@ -25,7 +25,7 @@ from topiarist.pruning.obs_rounds import remove_in_rounds
 from topiarist.pruning.patterns import Mask, block_starts
 
 Criterion = Literal["obs", "magnitude"]
-WIDE = 1536  # inputs of a filter above which weights go in rounds at first
+WIDE = 768  # inputs of a filter above which weights go in rounds at first
 CRITERIA: tuple[Criterion, ...] = ("obs", "magnitude")
 
 
