@@ -23,17 +23,17 @@ def report(
         Path | None,
         typer.Option(help="What `topiarist bench BUNDLE.topi --json` printed: show it on top."),
     ] = None,
-    network: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="MODEL.onnx",
-            help="The model that the bundle was compiled from: predict what other zeros would do.",
-        ),
-    ] = None,
     model: Annotated[
         Path | None,
         typer.Option(
-            "--model", "-m", metavar="FILE", help="The latency model. Default: the user's."
+            metavar="MODEL.onnx",
+            help="The model that was compiled: predict what more and fewer zeros would do.",
+        ),
+    ] = None,
+    latency_model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="What predicts, for the model that was compiled. Default: yours."
         ),
     ] = None,
     sweep: Annotated[
@@ -51,8 +51,6 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Write one HTML page: where the time goes, what was chosen over what, and why not faster."""
-    if model is not None and network is None:
-        raise ValueError("--model predicts from weights: name the bundle's ONNX file (--network)")
     if plot is not None and sweep is None:
         raise ValueError("--plot draws a sweep: name its file (--sweep)")
     from topiarist.compiler.bundle import read_manifest
@@ -63,10 +61,12 @@ def report(
     check_output(output)
     points = None if sweep is None else read_sweep(sweep)
     predictions = None
-    if network is not None:
+    if model is not None or latency_model is not None:
+        from topiarist.compiler.bench import find_model
         from topiarist.compiler.report.forecast import forecast
 
-        predictions = forecast(read_manifest(bundle), network, model)
+        manifest = read_manifest(bundle)
+        predictions = forecast(manifest, find_model(manifest, model), latency_model)
     written = write_report(
         bundle, output, dense=dense, bench=bench, predictions=predictions, sweep=points
     )

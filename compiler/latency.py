@@ -125,7 +125,8 @@ def open_source(
 ) -> Source:
     """The named model; without a name the user's, if it covers the target; else the formula.
 
-    `device` is the one whose times count, this machine if it is left out. The formula needs the machine's peak and bandwidth, stated by the target or measured here.
+    `device` is the one whose times count, this machine if it is left out. The formula needs the
+    machine's peak and bandwidth, stated by the target or measured here.
     Raises CostModelError if a named model covers another target, or none of these will do.
     """
     key = (device or Device.here(target, threads)).key

@@ -21,7 +21,7 @@ from topiarist.compiler.graph import Conv, Graph, Linear
 from topiarist.compiler.layouts import LayoutPlan
 from topiarist.compiler.parts import ANY_SPARSITY, Parts
 from topiarist.compiler.recorded import Device, strip
-from topiarist.compiler.tune import candidates
+from topiarist.compiler.tune import candidates_of
 from topiarist.compiler.worker import Variant
 from topiarist.schedules.cpu.linear import LinearShape
 from topiarist.schedules.kernel import ConvSite
@@ -181,7 +181,8 @@ class Prices:
             sparsity = signature(np.ones(node.weight.shape, np.float32), "dense")
         workload = replace(self.workloads[layer], sparsity=sparsity)
         site = self.parts.site(workload, conv_views(node, self.layouts))
-        variants = [v for v in candidates(layer, site, self._error) if v.kernel.sparse == sparse]
+        kernels = [kernel for kernel in CONV_KERNELS if kernel.sparse == sparse]
+        variants = candidates_of(kernels, site, self._error)
         return [self.device.what_conv(site, v.kernel, v.config) for v in shortlist(variants, site)]
 
     def _shape(self, node: Linear) -> LinearShape:

@@ -98,7 +98,7 @@ def _alike(manifest: Manifest, graph: Graph, layouts: LayoutPlan) -> int:
 
 def _times(prices: Prices) -> dict[str, Times]:
     """Each layer's predicted times in its pattern; layers that are alike share them."""
-    groups: dict[Hashable, list[str]] = {}
+    groups: dict[tuple[Hashable, str], list[str]] = {}
     for name in prices.layers:
         groups.setdefault((prices.place(name), _pattern(prices, name)), []).append(name)
     asked: list[tuple[str, SparsitySignature | None]] = []
