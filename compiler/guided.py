@@ -53,6 +53,7 @@ from topiarist.targets.spec import TargetSpec
 TOLERANCE = 0.03  # of the latency asked for
 ROUNDS = 5  # of compiling and timing, at most
 BENCH_S = 4.0
+ROUNDING = 1e-9
 LIKELY = (0.5, 2.0)  # what one layer's correction may be
 
 Progress = Callable[[str, int, int], None]
@@ -251,10 +252,13 @@ class GuidedPruner:
         """The layouts and levels with the least error within the latency."""
         found: list[tuple[float, int, Allocation]] = []
         for i, plan in enumerate(self.plans):
+            options = self._options(plan)
             budget_us = wanted_us - self._fixed_us(plan)
+            least_us = reachable_us(options)
+            if abs(budget_us - least_us) <= ROUNDING * wanted_us:
+                budget_us = least_us
             try:
-                choose = uniform if self.even else allocate
-                allocation = choose(self._options(plan), budget_us)
+                allocation = (uniform if self.even else allocate)(options, budget_us)
             except BudgetError:
                 continue
             found.append((allocation.error, i, allocation))
