@@ -27,7 +27,8 @@ from topiarist.schedules.kernel import ConvSite
 from topiarist.schedules.kernels import CONV_KERNELS
 from topiarist.schedules.workload import SparsitySignature
 from topiarist.targets.spec import TargetSpec
-from topiarist.tuning_logs.cost_model import Floats, LatencyModel
+from topiarist.tuning_logs.boosters import Floats
+from topiarist.tuning_logs.cost_model import LatencyModel
 from topiarist.tuning_logs.record import MeasureInput
 from topiarist.tuning_logs.roofline import Roofline
 

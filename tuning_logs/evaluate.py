@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from scipy.spatial import KDTree
 from scipy.stats import kendalltau, spearmanr
 
-from topiarist.tuning_logs.cost_model import Dataset, Floats, LatencyModel, layer_of
+from topiarist.tuning_logs.boosters import Floats
+from topiarist.tuning_logs.cost_model import Dataset, LatencyModel, layer_of
 from topiarist.tuning_logs.features import columns_of, table
 from topiarist.tuning_logs.record import Measured
 
