@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from topiarist.compiler.graph import Activation, Conv, FloatArray, Graph, Node, Value
+from topiarist.compiler.graph import Activation, Conv, FloatArray, Graph, Linear, Node, Value
 from topiarist.pruning.masks import block_mask, unstructured_mask
 from topiarist.pruning.saliency import magnitude
 
@@ -158,10 +158,12 @@ def with_zeros(graph: Graph, random: Random, names: Collection[str]) -> Graph:
     """The graph with new weights in the named layers, of random density and pattern for each."""
     nodes: list[Node] = []
     for node in graph.nodes:
-        if isinstance(node, Conv) and node.name in names:
-            nodes.append(replace(node, weight=_some_zeros(node.weight.shape, node.groups, random)))
-        else:
-            nodes.append(node)
+        if node.name in names and isinstance(node, Conv):
+            node = replace(node, weight=_some_zeros(node.weight.shape, node.groups, random))
+        elif node.name in names and isinstance(node, Linear):
+            weight = _some_zeros((*node.weight.shape, 1, 1), 1, random)
+            node = replace(node, weight=weight[:, :, 0, 0])
+        nodes.append(node)
     return replace(graph, nodes=tuple(nodes))
 
 

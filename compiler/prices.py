@@ -23,9 +23,10 @@ from topiarist.compiler.parts import Parts
 from topiarist.compiler.recorded import Device
 from topiarist.compiler.tune import candidates
 from topiarist.compiler.worker import Variant
+from topiarist.schedules.cpu.kernels import MAX_SPARSE_DENSITY
 from topiarist.schedules.kernel import ConvSite
 from topiarist.schedules.kernels import CONV_KERNELS
-from topiarist.schedules.workload import SparsitySignature
+from topiarist.schedules.workload import ConvWorkload, SparsitySignature
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.boosters import Floats
 from topiarist.tuning_logs.cost_model import LatencyModel
@@ -97,6 +98,7 @@ class Prices:
         self.pricer = pricer
         self.layers = {n.name: n for n in graph.nodes if isinstance(n, Conv | Linear)}
         self._error = layer_error(sum(isinstance(n, Conv) for n in graph.nodes))
+        self._workloads: dict[str, ConvWorkload] = {}
         self._known: dict[Hashable, Price] = {}
 
     def price(self, layer: str, sparsity: SparsitySignature | None = None) -> Price:
@@ -116,10 +118,12 @@ class Prices:
         return sum(self.price(name).run_us for name in self.layers)
 
     def _conv(self, node: Conv, sparsity: SparsitySignature | None) -> Price:
-        workload, views = workload_of(node, self.graph), conv_views(node, self.layouts)
+        if node.name not in self._workloads:
+            self._workloads[node.name] = workload_of(node, self.graph)
+        workload = self._workloads[node.name]
         if sparsity is not None:
             workload = replace(workload, sparsity=sparsity)
-        site = self.parts.site(workload, views)
+        site = self.parts.site(workload, conv_views(node, self.layouts))
         variants = shortlist(candidates(node.name, site, self._error), site)
         whats = [self.device.what_conv(site, v.kernel, v.config) for v in variants]
         return self._best(whats, [v.kernel.sparse for v in variants])
@@ -133,7 +137,12 @@ class Prices:
                 replace(w, workload={**w.workload, "sparsity": {**w.sparsity, **density}})
                 for w in whats
             ]
-        return self._best(whats, [kernel in SPARSE_KERNELS for kernel in LINEAR_KERNELS])
+        whats = [
+            w
+            for w in whats
+            if w.kernel not in SPARSE_KERNELS or w.sparsity["density"] <= MAX_SPARSE_DENSITY
+        ]
+        return self._best(whats, [w.kernel in SPARSE_KERNELS for w in whats])
 
     def _best(self, whats: Sequence[MeasureInput], sparse: Sequence[bool]) -> Price:
         times, upper = self.pricer.prices_us(whats)

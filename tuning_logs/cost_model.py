@@ -277,18 +277,24 @@ class Covers:
 
     @staticmethod
     def of(inputs: Sequence[MeasureInput]) -> Covers:
-        """What records have in common. Raises CostModelError if it isn't one target and TVM."""
-        targets = sorted({what.target_key for what in inputs})
-        tvms = sorted({what.versions["apache-tvm"] for what in inputs})
+        """What records, at least one, have in common. Raises CostModelError if that isn't all."""
+        targets = {what.target_key for what in inputs}
+        tvms = {what.versions["apache-tvm"] for what in inputs}
         kernels = {(what.kernel, what.kernel_version) for what in inputs}
-        if len(targets) != 1 or len(tvms) != 1 or len(dict(kernels)) != len(kernels):
+        names = [name for name, _ in kernels]
+        several = {f"{name} {number}" for name, number in kernels if names.count(name) > 1}
+        mixed = [
+            f"{what} {', '.join(sorted(found))}"
+            for what, found in (("targets", targets), ("TVM", tvms), ("kernels", several))
+            if len(found) > 1
+        ]
+        if mixed:
             raise CostModelError(
                 "a model learns from one target, one TVM and one version of each kernel; these "
-                f"records have {len(targets)} target(s) ({'; '.join(targets)}), TVM "
-                f"{', '.join(tvms)} and kernels "
-                + ", ".join(f"{name} {version}" for name, version in sorted(kernels))
+                f"records are of the {'; '.join(mixed)}. Give logs of one, or choose "
+                "(`topiarist model train --target T --threads N`)"
             )
-        return Covers(inputs[0].target, tvms[0], dict(kernels))
+        return Covers(inputs[0].target, inputs[0].versions["apache-tvm"], dict(kernels))
 
     def check(self, what: MeasureInput) -> None:
         """Raises CostModelError if a candidate is for something else."""

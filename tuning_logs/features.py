@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from topiarist.tuning_logs.record import MeasureInput
 
 Features = Mapping[str, float]
-VERSION = 1  # of the features: raised when a name or its meaning changes
+VERSION = 2  # of the features: raised when a name or its meaning changes
 
 _SKIP_ZEROS = frozenset({"direct_sparse", "block_sparse", "block8_sparse", "sparse_linear"})
 _ALIKE = {"block4x1": 4, "block8x1": 8}  # output channels that share their zeros

@@ -37,6 +37,11 @@ class LayerWork:
     weight_bytes: float
     density: float
 
+    @property
+    def nonzero_flops(self) -> float:
+        """The FLOPs that zeros leave."""
+        return self.density * self.flops
+
     @staticmethod
     def of(what: MeasureInput) -> LayerWork | None:
         """That of a recorded convolution or fully connected layer, None for other work."""
@@ -54,12 +59,8 @@ class LayerWork:
             outputs = w["out_channels"] * out_height * out_width
             pixels = out_height * out_width
         elif w.get("kind") == "linear":
-            weights, inputs, outputs, pixels = (
-                w["inputs"] * w["outputs"],
-                w["inputs"],
-                w["outputs"],
-                1,
-            )
+            inputs, outputs, pixels = w["inputs"], w["outputs"], 1
+            weights = inputs * outputs
         else:
             return None
         batch = w["batch"]
