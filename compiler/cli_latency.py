@@ -85,14 +85,18 @@ def collect_records(
 
     require_measurable(spec)
     logs = open_logs(log, spec, shipped=False)
-    with _collecting(budget_s, shown=not as_json) as progress, Worker(threads) as worker:
-        report = collect(
-            *(models or [], spec, logs, worker),
-            budget_s=budget_s,
-            threads=threads,
-            seed=seed,
-            progress=progress,
-        )
+    try:
+        with _collecting(budget_s, shown=not as_json) as progress, Worker(threads) as worker:
+            report = collect(
+                *(models or [], spec, logs, worker),
+                budget_s=budget_s,
+                threads=threads,
+                seed=seed,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        complain(f"what was measured is in {logs.own.path}")
+        raise
     if as_json:
         print_json({"log": str(logs.own.path), **asdict(report)})
         return
@@ -104,8 +108,9 @@ def collect_records(
 
 @contextmanager
 def _collecting(budget_s: float, shown: bool) -> Iterator[Any]:
-    """A bar over the time that is left."""
-    console = Console(stderr=True, quiet=not shown)
+    """A bar over the time, where somebody watches a terminal."""
+    console = Console(stderr=True)
+    console.quiet = not shown or not console.is_terminal
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("start", total=budget_s)

@@ -39,7 +39,6 @@ from topiarist.compiler.simplify import simplify
 from topiarist.compiler.trial import Trial
 from topiarist.compiler.tune import BATCH, Clock, candidates, record_of
 from topiarist.compiler.worker import Layer, Measurer, Steady, Variant
-from topiarist.errors import ModelError
 from topiarist.schedules.kernel import ConvSite
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.cost_model import Dataset, LatencyModel, is_usable
@@ -99,9 +98,6 @@ def collect(
     """
     start = clock()
     graphs = [simplify(extract_layers(import_model(model))) for model in models]
-    for model, graph in zip(models, graphs, strict=True):
-        if not any(isinstance(node, Conv) for node in graph.nodes):
-            raise ModelError(f"{model} has no convolution to measure")
     device = Device.here(target, threads)
     known = [
         record
