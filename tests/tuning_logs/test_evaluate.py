@@ -99,14 +99,14 @@ def test_candidates_between_other_layouts_are_another_site() -> None:
 
 
 def test_the_best_of_the_eight_predicted_fastest() -> None:
-    times = array(*range(100, 120))
+    times = array(*range(200, 220))
     data = Dataset.of(site({(ZEROS, i): us for i, us in enumerate(times, 1)}))
     assert decisions(data, times, SPARSE).top_8 == 1.0
     backwards = decisions(data, -times, SPARSE)
     assert (backwards.top_8_sites, backwards.top_8) == (1, 0.0)
-    assert backwards.top_8_regret == pytest.approx(0.12)
+    assert backwards.top_8_regret == pytest.approx(0.06)
     nearly = times.copy()
-    nearly[[0, 12]] = 200, 1  # the best is missed, the second is among the eight
+    nearly[[0, 12]] = 300, 1  # the best is missed, the second is among the eight
     assert decisions(data, nearly, SPARSE).top_8 == 1.0
     few = data.where(np.arange(len(data)) < 15)
     assert decisions(few, times[:15], SPARSE).top_8_sites == 0
