@@ -20,13 +20,13 @@ from topiarist.compiler.choose import (
 from topiarist.compiler.graph import Conv, Graph, Linear
 from topiarist.compiler.layouts import LayoutPlan
 from topiarist.compiler.parts import Parts
-from topiarist.compiler.recorded import Device
+from topiarist.compiler.recorded import Device, strip
 from topiarist.compiler.tune import candidates
 from topiarist.compiler.worker import Variant
 from topiarist.schedules.cpu.kernels import MAX_SPARSE_DENSITY
 from topiarist.schedules.kernel import ConvSite
 from topiarist.schedules.kernels import CONV_KERNELS
-from topiarist.schedules.workload import ConvWorkload, SparsitySignature
+from topiarist.schedules.workload import SparsitySignature
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.boosters import Floats
 from topiarist.tuning_logs.cost_model import LatencyModel
@@ -98,18 +98,28 @@ class Prices:
         self.pricer = pricer
         self.layers = {n.name: n for n in graph.nodes if isinstance(n, Conv | Linear)}
         self._error = layer_error(sum(isinstance(n, Conv) for n in graph.nodes))
-        self._workloads: dict[str, ConvWorkload] = {}
+        self._places = {
+            n.name: (workload_of(n, graph), conv_views(n, layouts))
+            for n in graph.nodes
+            if isinstance(n, Conv)
+        }
+        self._variants: dict[Hashable, list[Variant]] = {}
         self._known: dict[Hashable, Price] = {}
 
     def price(self, layer: str, sparsity: SparsitySignature | None = None) -> Price:
         """The layer's price, with other zeros than it has if they are given."""
         node = self.layers[layer]
-        key = layer, sparsity
-        if key not in self._known:
-            if isinstance(node, Linear):
+        if isinstance(node, Linear):
+            key: Hashable = layer, sparsity
+            if key not in self._known:
                 self._known[key] = self._linear(node, sparsity)
-            else:
-                self._known[key] = self._conv(node, sparsity)
+            return self._known[key]
+        workload, views = self._places[layer]
+        if sparsity is not None:
+            workload = replace(workload, sparsity=sparsity)
+        key = workload, strip(views)  # layers that are alike share a price
+        if key not in self._known:
+            self._known[key] = self._conv(layer, self.parts.site(workload, views))
         return self._known[key]
 
     @property
@@ -117,16 +127,18 @@ class Prices:
         """All layers with the zeros they have."""
         return sum(self.price(name).run_us for name in self.layers)
 
-    def _conv(self, node: Conv, sparsity: SparsitySignature | None) -> Price:
-        if node.name not in self._workloads:
-            self._workloads[node.name] = workload_of(node, self.graph)
-        workload = self._workloads[node.name]
-        if sparsity is not None:
-            workload = replace(workload, sparsity=sparsity)
-        site = self.parts.site(workload, conv_views(node, self.layouts))
-        variants = shortlist(candidates(node.name, site, self._error), site)
+    def _conv(self, layer: str, site: ConvSite) -> Price:
+        variants = shortlist(self._candidates(layer, site), site)
         whats = [self.device.what_conv(site, v.kernel, v.config) for v in variants]
         return self._best(whats, [v.kernel.sparse for v in variants])
+
+    def _candidates(self, layer: str, site: ConvSite) -> list[Variant]:
+        """Zeros decide which kernels take a layer; which knobs fit doesn't depend on them."""
+        takers = [k.name for k in CONV_KERNELS if k.refuses(site.workload, site.target) is None]
+        key = layer, *takers
+        if key not in self._variants:
+            self._variants[key] = candidates(layer, site, self._error)
+        return self._variants[key]
 
     def _linear(self, node: Linear, sparsity: SparsitySignature | None) -> Price:
         shape = linear_shape(node, self.graph.values[node.inputs[0]].shape[0])
