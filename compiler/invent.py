@@ -87,7 +87,7 @@ class Geometry:
 
 
 def chain(random: Random, hard: Sequence[Geometry] = ()) -> Graph:
-    """Convolutions one after the other, some like those in `hard`; no weight is zero."""
+    """Convolutions one after the other, some like those in `hard`; all weights are there."""
     wanted = [one.near(random) for one in hard if random.random() < HARD_SHARE]
     order = [wanted[i] for i in random.permutation(len(wanted))]
     builder = _Chain(random, order[0].side if order else int(random.choice(SIDES)))
