@@ -159,7 +159,7 @@ class Prices:
     def _best(self, whats: Sequence[MeasureInput], sparse: Sequence[bool]) -> Price:
         times, upper = self.pricer.prices_us(whats)
         skips = np.array(sparse)
-        best = int(np.argmin(times))
+        best = int(np.lexsort((skips, times))[0])  # of equals a dense one
         return Price(
             what=whats[best],
             kernel=whats[best].kernel,

@@ -112,12 +112,21 @@ class Roofline:
         return min(1.0, work.activation_bytes / self.bandwidth_gbs / (flops_ns - weight_ns))
 
     def run_us(self, what: MeasureInput, *, sparse: bool) -> float:
-        """Microseconds of a candidate; of other work, what moving its bytes takes."""
+        """Microseconds of a candidate; of other work, what moving its bytes takes.
+
+        A dense fully connected layer, which the paper has not, uses each weight once an image: it
+        waits for memory as a sparse one does.
+        """
         work = LayerWork.of(what)
-        if work is not None:
-            return self.sparse_us(work) if sparse else self.dense_us(work)
-        moved = what.workload.get("read_bytes", 0) + what.workload.get("written_bytes", 0)
-        return max(float(moved), 1.0) / self.bandwidth_gbs / 1e3
+        if work is None:
+            moved = what.workload.get("read_bytes", 0) + what.workload.get("written_bytes", 0)
+            return max(float(moved), 1.0) / self.bandwidth_gbs / 1e3
+        if sparse:
+            return self.sparse_us(work)
+        if "in_channels" in what.workload:
+            return self.dense_us(work)
+        moved_bytes = work.activation_bytes + work.weight_bytes
+        return max(self.dense_us(work), moved_bytes / self.bandwidth_gbs / 1e3)
 
     def to_json(self) -> dict[str, float]:
         """The constants as plain JSON values."""

@@ -76,6 +76,10 @@ def test_other_work() -> None:
     work = LayerWork.of(make_record(workload={**linear, "sparsity": {"density": 0.25}}).input)
     assert work == LayerWork(2.0 * 2 * 5120, 4.0 * 2 * 522, 4.0 * 5120, 0.25)
     assert work.nonzero_flops == work.flops / 4
+    what = make_record(workload={**linear, "sparsity": {"density": 0.25}}).input
+    waiting = Roofline(1000.0, 1.0)
+    assert waiting.run_us(what, sparse=False) == pytest.approx((4 * 2 * 522 + 4 * 5120) / 1e3)
+    assert waiting.run_us(what, sparse=True) == pytest.approx((4 * 2 * 522 + 2 * 5120) / 1e3)
     pool = make_record(workload={"kind": "pool", "read_bytes": 3000, "written_bytes": 1000}).input
     assert LayerWork.of(pool) is None
     assert Roofline(10.0, 2.0).run_us(pool, sparse=False) == pytest.approx(2.0)
