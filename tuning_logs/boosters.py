@@ -26,6 +26,7 @@ _PER_NODE = (
     *("right_children", "split_conditions", "split_indices", "split_type", "sum_hessian"),
 )
 _CATEGORIES = ("categories", "categories_nodes", "categories_segments", "categories_sizes")
+_NO_PARENT = float(2**31 - 1)  # of the root
 
 
 def fit(settings: Mapping[str, Any], rows: Rows, labels: Floats, rounds: int) -> Booster:
@@ -67,6 +68,7 @@ def from_json(document: Any, features: int) -> Booster:
     booster = xgboost.Booster(_ONE_THREAD)
     try:
         booster.load_model(bytearray(json.dumps(document, allow_nan=False).encode()))
+        predict(booster, np.full((1, features), np.nan, np.float32))  # it looks at some of it late
     except xgboost.core.XGBoostError as error:
         raise ValueError(str(error).splitlines()[0]) from error
     return booster
@@ -97,7 +99,7 @@ def _check(learner: Any, features: int) -> None:
 
 
 def _is_sound(tree: Any, at: int, features: int) -> bool:
-    """Whether children come after their parents, and every split is of a feature there is."""
+    """Whether it is one tree, children after parents, and every split is of a feature there is."""
     sizes = tree["tree_param"]
     nodes = int(sizes["num_nodes"])
     arrays = {name: np.array(tree[name], np.float64) for name in _PER_NODE}
@@ -106,12 +108,17 @@ def _is_sound(tree: Any, at: int, features: int) -> bool:
     if (int(sizes["num_deleted"]), int(sizes["size_leaf_vector"])) != (0, 1) or tree["id"] != at:
         return False
     left, right = arrays["left_children"], arrays["right_children"]
-    leaves = (left == -1) & (right == -1)
     own = np.arange(nodes)
+    leaves = (left == -1) & (right == -1)
     inner = (own < left) & (left < nodes) & (own < right) & (right < nodes)
+    parents = np.full(nodes, _NO_PARENT)
+    for children in (left, right):
+        parents[children[inner].astype(np.int64)] = own[inner]
     split = arrays["split_indices"]
     return bool(
         (leaves | inner).all()
+        and (parents == arrays["parents"]).all()
+        and 2 * inner.sum() + 1 == nodes
         and ((split >= 0) & (split < features)).all()
         and not arrays["split_type"].any()
         and not any(tree[name] for name in _CATEGORIES)

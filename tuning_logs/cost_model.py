@@ -10,7 +10,6 @@ the prediction, for those who have to keep a promise.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -195,7 +194,7 @@ class LatencyModel:
         """The features that move the prediction most, with the factor of each."""
         shares = boosters.contributions(self._boosters["alone"], self._rows([what]))
         order = np.argsort(-np.abs(shares), kind="stable")[:count]
-        return [(self.columns[i], math.exp(float(shares[i]))) for i in order]
+        return [(self.columns[i], float(np.exp(shares[i]))) for i in order]
 
     def _rows(self, inputs: Sequence[MeasureInput]) -> Rows:
         for what in inputs:

@@ -290,6 +290,11 @@ def tree_of(document: dict[str, Any]) -> Any:
 HOSTILE: dict[str, Edit] = {
     "a child that is not there": lambda d: tree_of(d)["left_children"].__setitem__(0, 10**6),
     "a circle": lambda d: tree_of(d)["left_children"].__setitem__(1, 0),
+    "a parent that is not there": lambda d: tree_of(d)["parents"].__setitem__(3, -1),
+    "two parents": lambda d: tree_of(d)["left_children"].__setitem__(0, 2),
+    "a quantile of words": lambda d: d["boosters"]["upper"]["learner"]["objective"].update(
+        quantile_loss_param={}
+    ),
     "half a leaf": lambda d: tree_of(d)["left_children"].__setitem__(0, -1),
     "a feature that is not there": lambda d: tree_of(d)["split_indices"].__setitem__(0, 10**6),
     "a negative feature": lambda d: tree_of(d)["split_indices"].__setitem__(0, -1),
