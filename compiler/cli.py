@@ -12,6 +12,7 @@ from topiarist.compiler import (
     cli_latency,
     cli_logs,
     cli_models,
+    cli_prune,
     cli_report,
     cli_targets,
     cli_tune,
@@ -36,7 +37,7 @@ app.add_typer(cli_targets.app, name="targets")
 app.add_typer(cli_logs.app, name="log")
 app.add_typer(cli_latency.app, name="model")
 app.command("inspect")(cli_models.inspect)
-app.command("prune")(cli_models.prune)
+app.command("prune")(cli_prune.prune)
 app.command("tune")(cli_tune.tune)
 app.command("compile")(cli_models.compile_)
 app.command("verify")(cli_bundles.verify)

@@ -1,4 +1,4 @@
-"""`topiarist inspect`, `prune` and `compile`: from an ONNX model to a bundle."""
+"""`topiarist inspect` and `compile`: from an ONNX model to a bundle."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from topiarist.compiler.cli_output import (
     progress_bar,
     say,
 )
-from topiarist.compiler.output_file import check_output, write_file
 from topiarist.errors import ModelError
 from topiarist.targets import registry
 
@@ -148,58 +147,6 @@ def _ceiling_text(total: dict[str, Any]) -> str:
         f"{total['flops_nonzero'] / 1e9:.3f} GFLOP on nonzero weights: "
         f"at most {total['ceiling']:.2f}x faster by skipping zeros"
     )
-
-
-@command
-def prune(
-    model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The pruned ONNX model.")],
-    density: Annotated[
-        float | None, typer.Option(help="Share of each layer's weights that stay, 0 to 1.")
-    ] = None,
-    pattern: Annotated[
-        str, typer.Option(help="unstructured, block4x1, block8x1, filter, or N:M such as 2:4.")
-    ] = "unstructured",
-    layer_density: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=D", help="Another density for one layer; repeatable."),
-    ] = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Set the smallest weights to zero, once and without training: for trying out speed."""
-    from topiarist.compiler.frontend import load_onnx
-    from topiarist.pruning.one_shot import prune_model
-
-    check_output(output)
-    overrides = dict(parse_layer_density(text) for text in layer_density or [])
-    pruned, layers = prune_model(
-        load_onnx(model), density=density, pattern=pattern, layer_density=overrides
-    )
-    write_file(output, pruned.SerializeToString())
-    if as_json:
-        print_json({"output": str(output), "layers": [vars(layer) for layer in layers]})
-        return
-    print_table(
-        ["layer", "pattern", "density before", "after", "weights", "kept because"],
-        [
-            [p.layer, p.pattern, percent(p.density_before), percent(p.density_after), p.weights,
-             p.reason_kept or ""]
-            for p in layers
-        ],
-    )  # fmt: skip
-    say(f"wrote {output}")
-
-
-def parse_layer_density(text: str) -> tuple[str, float]:
-    """`conv1=0.5` -> ("conv1", 0.5). Raises ValueError for another form."""
-    name, _, density = text.rpartition("=")
-    try:
-        if name:
-            return name, float(density)
-    except ValueError:
-        pass
-    raise ValueError(f"--layer-density takes NAME=DENSITY such as conv1=0.5, got {text!r}")
 
 
 @command

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from topiarist.compiler.choose import workload_of
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
 from topiarist.compiler.graph import Conv, Graph, Linear
@@ -186,18 +185,22 @@ class Source:
     name: str
 
 
-def open_source(target: TargetSpec, threads: int, path: Path | None) -> Source:
+def open_source(
+    target: TargetSpec, threads: int, path: Path | None, device: Device | None = None
+) -> Source:
     """The named model; without a name the user's, if it covers the target; else the formula.
 
-    The formula needs the machine's peak and bandwidth, stated by the target or measured here.
+    `device` is the one whose times count, this machine if it is left out. The formula needs the
+    machine's peak and bandwidth, stated by the target or measured here.
     Raises CostModelError if a named model covers another target, or none of these will do.
     """
-    key = Device.here(target, threads).key
+    key = (device or Device.here(target, threads)).key
     file = default_model(key) if path is None else path
     if path is not None or file.exists():
         model = LatencyModel.load(file)
         if model.covers.target == key:
-            return Source(Learned(model), f"the latency model {file}")
+            records = model.card.get("records", "unknown")
+            return Source(Learned(model), f"the latency model {file} ({records} records)")
         if path is not None:
             model.covers.check_target(key)
     if runs_here(target) is None:
@@ -258,7 +261,7 @@ def predict_network(
     prices = open_prices(graph, target, threads, source.pricer)[0]
     layers = []
     for name, node in prices.layers.items():
-        pattern = workload_of(node, graph).sparsity.pattern if isinstance(node, Conv) else "-"
+        pattern = prices.workloads[name].sparsity.pattern if isinstance(node, Conv) else "-"
         density = float(np.count_nonzero(node.weight)) / node.weight.size
         layers.append(PredictedLayer(name, density, pattern, prices.price(name)))
     return Prediction(tuple(layers), source.name)

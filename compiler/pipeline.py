@@ -50,6 +50,7 @@ def compile_model(
     log: Path | None = None,
     add_to_log: bool = True,
     dump_dir: Path | None = None,
+    parts: Parts | None = None,
     progress: Progress | None = None,
 ) -> CompiledModel:
     """Compile an ONNX file for a target, and write the bundle where `output` says.
@@ -59,8 +60,9 @@ def compile_model(
     that Winograd kernels may add; 0 leaves them out. `log` is a tuning log or a folder of them,
     asked before the logs that come with the package; what is timed is added to it, unless
     `add_to_log` is False. `strict` takes every time from the logs: nothing is measured, and the
-    same model and logs give the same bundle. `progress(stage, done, total)` is called along the
-    way.
+    same model and logs give the same bundle. `parts` of an earlier compilation for this target and
+    number of threads spare making the same machine code again. `progress(stage, done, total)` is
+    called along the way.
     Raises ModelError, TargetError, OutputError, BuildError, TuningLogError or, if `strict`,
     MissingRecordsError, each saying what to do.
     """
@@ -80,7 +82,9 @@ def compile_model(
     module = import_model(model, batch=batch)
     graph = simplify(extract_layers(module))
     report("import", 1, 1)
-    parts = Parts(spec, threads)
+    if parts is None:
+        parts = Parts(spec, threads)
+    parts.forget_constants()
     recorded = _recorded(spec, threads, mode, log, adds=add_to_log)
     chooser = Chooser(
         graph,

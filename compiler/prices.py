@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -19,14 +19,15 @@ from topiarist.compiler.choose import (
 )
 from topiarist.compiler.graph import Conv, Graph, Linear
 from topiarist.compiler.layouts import LayoutPlan
-from topiarist.compiler.parts import Parts
+from topiarist.compiler.parts import ANY_SPARSITY, Parts
 from topiarist.compiler.recorded import Device, strip
-from topiarist.compiler.tune import candidates
+from topiarist.compiler.tune import candidates_of
 from topiarist.compiler.worker import Variant
 from topiarist.schedules.cpu.kernels import MAX_SPARSE_DENSITY
+from topiarist.schedules.cpu.linear import LinearShape
 from topiarist.schedules.kernel import ConvSite
 from topiarist.schedules.kernels import CONV_KERNELS
-from topiarist.schedules.workload import SparsitySignature
+from topiarist.schedules.workload import ConvWorkload, SparsitySignature, signature
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.boosters import Floats
 from topiarist.tuning_logs.cost_model import LatencyModel
@@ -53,7 +54,7 @@ class Learned:
 
     def prices_us(self, whats: Sequence[MeasureInput]) -> tuple[Floats, Floats]:
         """Expected, and the upper quantile."""
-        return self.model.predict_us(whats, "in network"), self.model.upper_us(whats, "in network")
+        return self.model.expected_and_upper_us(whats, "in network")
 
 
 @dataclass(frozen=True)
@@ -85,89 +86,135 @@ class Price:
         return {name: getattr(self, name) for name in names}
 
 
+@dataclass(frozen=True)
+class _Best:
+    """The best candidate of a kind."""
+
+    what: MeasureInput
+    run_us: float
+    upper_us: float
+
+
 class Prices:
-    """The prices of a network's layers in one of its layouts; remembers what it was asked."""
+    """The prices of a network's layers in one of its layouts; layers that are alike share them.
+
+    Dense kernels take the same time whatever the zeros: they are asked for once, without zeros.
+    `workloads` are those of the graph's convolutions.
+    """
 
     def __init__(
-        self, graph: Graph, layouts: LayoutPlan, parts: Parts, device: Device, pricer: Pricer
+        self,
+        graph: Graph,
+        workloads: Mapping[str, ConvWorkload],
+        layouts: LayoutPlan,
+        parts: Parts,
+        device: Device,
+        pricer: Pricer,
     ) -> None:
         self.graph = graph
+        self.workloads = workloads
         self.layouts = layouts
         self.parts = parts
         self.device = device
         self.pricer = pricer
         self.layers = {n.name: n for n in graph.nodes if isinstance(n, Conv | Linear)}
-        self._error = layer_error(sum(isinstance(n, Conv) for n in graph.nodes))
-        self._places = {
-            n.name: (workload_of(n, graph), conv_views(n, layouts))
-            for n in graph.nodes
-            if isinstance(n, Conv)
-        }
-        self._variants: dict[Hashable, list[Variant]] = {}
-        self._known: dict[Hashable, Price] = {}
+        self._error = layer_error(len(workloads))
+        self._known: dict[Hashable, _Best | None] = {}
 
     def price(self, layer: str, sparsity: SparsitySignature | None = None) -> Price:
         """The layer's price, with other zeros than it has if they are given."""
-        node = self.layers[layer]
-        if isinstance(node, Linear):
-            key: Hashable = layer, sparsity
-            if key not in self._known:
-                self._known[key] = self._linear(node, sparsity)
-            return self._known[key]
-        workload, views = self._places[layer]
-        if sparsity is not None:
-            workload = replace(workload, sparsity=sparsity)
-        key = workload, strip(views)  # layers that are alike share a price
-        if key not in self._known:
-            self._known[key] = self._conv(layer, self.parts.site(workload, views))
-        return self._known[key]
+        return self.prices([(layer, sparsity)])[0]
+
+    def prices(self, asked: Sequence[tuple[str, SparsitySignature | None]]) -> list[Price]:
+        """As `price`, of many at once, which takes far less time than one by one."""
+        kinds = []
+        wanted: dict[Hashable, tuple[str, SparsitySignature | None]] = {}
+        for layer, zeros in asked:
+            place = self.place(layer)
+            sparsity = self._own(layer) if zeros is None else zeros
+            kinds.append(((place, None), (place, sparsity)))
+            wanted |= {(place, None): (layer, None), (place, sparsity): (layer, sparsity)}
+        self._find({key: one for key, one in wanted.items() if key not in self._known})
+        return [_price(self._known[dense], self._known[sparse]) for dense, sparse in kinds]
+
+    def _find(self, wanted: Mapping[Hashable, tuple[str, SparsitySignature | None]]) -> None:
+        """Ask for the best dense (no zeros) or sparse candidates, all of them at once."""
+        offers = {key: self._candidates(*one) for key, one in wanted.items()}
+        whats = [what for offer in offers.values() for what in offer]
+        if not whats:
+            self._known |= dict.fromkeys(offers)
+            return
+        times, upper = self.pricer.prices_us(whats)
+        first = 0
+        for key, offer in offers.items():
+            last = first + len(offer)
+            at = first + int(np.argmin(times[first:last])) if offer else 0
+            best = _Best(whats[at], float(times[at]), float(upper[at])) if offer else None
+            self._known[key], first = best, last
 
     @property
     def total_us(self) -> float:
         """All layers with the zeros they have."""
-        return sum(self.price(name).run_us for name in self.layers)
+        return sum(price.run_us for price in self.prices([(name, None) for name in self.layers]))
 
-    def _conv(self, layer: str, site: ConvSite) -> Price:
-        variants = shortlist(self._candidates(layer, site), site)
-        whats = [self.device.what_conv(site, v.kernel, v.config) for v in variants]
-        return self._best(whats, [v.kernel.sparse for v in variants])
+    def place(self, layer: str) -> Hashable:
+        """What layers have in common whose prices differ by their zeros alone."""
+        node = self.layers[layer]
+        if isinstance(node, Linear):
+            return self._shape(node)
+        views = strip(conv_views(node, self.layouts))
+        return replace(self.workloads[layer], sparsity=ANY_SPARSITY), views
 
-    def _candidates(self, layer: str, site: ConvSite) -> list[Variant]:
-        """Zeros decide which kernels take a layer; which knobs fit doesn't depend on them."""
-        takers = [k.name for k in CONV_KERNELS if k.refuses(site.workload, site.target) is None]
-        key = layer, *takers
-        if key not in self._variants:
-            self._variants[key] = candidates(layer, site, self._error)
-        return self._variants[key]
+    def _own(self, layer: str) -> SparsitySignature:
+        """The zeros that a layer has."""
+        node = self.layers[layer]
+        if isinstance(node, Conv):
+            return self.workloads[layer].sparsity
+        density = float(np.count_nonzero(node.weight)) / max(node.weight.size, 1)
+        return SparsitySignature(round(density, 3), "any", (0, 0, 0))
 
-    def _linear(self, node: Linear, sparsity: SparsitySignature | None) -> Price:
-        shape = linear_shape(node, self.graph.values[node.inputs[0]].shape[0])
-        whats = [self.device.what_linear(node, shape, kernel) for kernel in LINEAR_KERNELS]
-        if sparsity is not None:
-            density = {"density": sparsity.density}
-            whats = [
-                replace(w, workload={**w.workload, "sparsity": {**w.sparsity, **density}})
-                for w in whats
-            ]
+    def _candidates(self, layer: str, sparsity: SparsitySignature | None) -> list[MeasureInput]:
+        """Those of dense kernels where no zeros are given, else those of sparse ones."""
+        node = self.layers[layer]
+        if isinstance(node, Linear):
+            return self._linear(node, sparsity)
+        sparse = sparsity is not None
+        if sparsity is None:
+            sparsity = signature(np.ones(node.weight.shape, np.float32), "dense")
+        workload = replace(self.workloads[layer], sparsity=sparsity)
+        site = self.parts.site(workload, conv_views(node, self.layouts))
+        kernels = [kernel for kernel in CONV_KERNELS if kernel.sparse == sparse]
+        variants = candidates_of(kernels, site, self._error)
+        return [self.device.what_conv(site, v.kernel, v.config) for v in shortlist(variants, site)]
+
+    def _shape(self, node: Linear) -> LinearShape:
+        return linear_shape(node, self.graph.values[node.inputs[0]].shape[0])
+
+    def _linear(self, node: Linear, sparsity: SparsitySignature | None) -> list[MeasureInput]:
+        density = {"density": 1.0 if sparsity is None else sparsity.density}
         whats = [
-            w
-            for w in whats
-            if w.kernel not in SPARSE_KERNELS or w.sparsity["density"] <= MAX_SPARSE_DENSITY
+            self.device.what_linear(node, self._shape(node), kernel)
+            for kernel in LINEAR_KERNELS
+            if (kernel in SPARSE_KERNELS) == (sparsity is not None)
+            and (sparsity is None or sparsity.density <= MAX_SPARSE_DENSITY)
         ]
-        return self._best(whats, [w.kernel in SPARSE_KERNELS for w in whats])
+        return [
+            replace(w, workload={**w.workload, "sparsity": {**w.sparsity, **density}})
+            for w in whats
+        ]
 
-    def _best(self, whats: Sequence[MeasureInput], sparse: Sequence[bool]) -> Price:
-        times, upper = self.pricer.prices_us(whats)
-        skips = np.array(sparse)
-        best = int(np.lexsort((skips, times))[0])  # of equals a dense one
-        return Price(
-            what=whats[best],
-            kernel=whats[best].kernel,
-            run_us=float(times[best]),
-            upper_us=float(upper[best]),
-            dense_us=float(times[~skips].min()),
-            sparse_us=float(times[skips].min()) if skips.any() else None,
-        )
+
+def _price(dense: _Best | None, sparse: _Best | None) -> Price:
+    assert dense is not None, "a dense kernel serves every layer"
+    best = dense if sparse is None or dense.run_us <= sparse.run_us else sparse
+    return Price(
+        what=best.what,
+        kernel=best.what.kernel,
+        run_us=best.run_us,
+        upper_us=best.upper_us,
+        dense_us=dense.run_us,
+        sparse_us=None if sparse is None else sparse.run_us,
+    )
 
 
 def shortlist(variants: Sequence[Variant], site: ConvSite) -> list[Variant]:
@@ -182,11 +229,17 @@ def shortlist(variants: Sequence[Variant], site: ConvSite) -> list[Variant]:
     return found
 
 
-def open_prices(graph: Graph, target: TargetSpec, threads: int, pricer: Pricer) -> list[Prices]:
-    """The prices in each of the layouts that compiling would try, cheapest first."""
-    device, parts = Device.here(target, threads), Parts(target, threads)
-    found = [
-        Prices(graph, layouts, parts, device, pricer)
-        for layouts in layout_plans(graph, target.lanes)
+def all_prices(graph: Graph, device: Device, threads: int, pricer: Pricer) -> list[Prices]:
+    """The prices in each of the layouts that compiling would try."""
+    parts = Parts(device.target, threads)
+    workloads = {n.name: workload_of(n, graph) for n in graph.nodes if isinstance(n, Conv)}
+    return [
+        Prices(graph, workloads, layouts, parts, device, pricer)
+        for layouts in layout_plans(graph, device.target.lanes)
     ]
+
+
+def open_prices(graph: Graph, target: TargetSpec, threads: int, pricer: Pricer) -> list[Prices]:
+    """Those of `all_prices` on this machine, cheapest first."""
+    found = all_prices(graph, Device.here(target, threads), threads, pricer)
     return sorted(found, key=lambda prices: prices.total_us)

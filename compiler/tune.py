@@ -35,7 +35,7 @@ from topiarist.compiler.simplify import simplify
 from topiarist.compiler.trial import FINALISTS, settle
 from topiarist.compiler.worker import Layer, Measurer, Outcome, Steady, Variant
 from topiarist.errors import BuildError, ModelError
-from topiarist.schedules.kernel import ConvSite
+from topiarist.schedules.kernel import ConvKernel, ConvSite
 from topiarist.schedules.kernels import CONV_KERNELS
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.features import columns_of, features
@@ -239,16 +239,23 @@ def candidates(name: str, site: ConvSite, max_error: float) -> list[Variant]:
 
     Raises BuildError, naming the layer, if there are none.
     """
-    variants = [
+    variants = candidates_of(CONV_KERNELS, site, max_error)
+    if not variants:
+        raise BuildError(f"{name}: no kernel serves the layer between its layouts")
+    return variants
+
+
+def candidates_of(
+    kernels: Iterable[ConvKernel[Any]], site: ConvSite, max_error: float
+) -> list[Variant]:
+    """Those of some of the kernels."""
+    return [
         Variant(kernel, config)
-        for kernel in CONV_KERNELS
+        for kernel in kernels
         if kernel.refuses(site.workload, site.target) is None
         for config in kernel.knobs(site)
         if kernel.fits(site, config) and kernel.added_error(config) <= max_error
     ]
-    if not variants:
-        raise BuildError(f"{name}: no kernel serves the layer between its layouts")
-    return variants
 
 
 class Tuner:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,12 +69,35 @@ def weighted_layers(model: onnx.ModelProto) -> list[WeightedLayer]:
     return layers
 
 
+def constant_arrays(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
+    """Value name -> array, for all constants of the main graph, Unsqueeze of a constant included.
+
+    Raises ModelError if one is in an external file that was not loaded.
+    """
+    found = {name: _to_array(c.tensor, c.name) for name, c in _constants(model.graph).items()}
+    for node in model.graph.node:
+        if node.op_type == "Unsqueeze" and all(name in found for name in node.input):
+            axes = attribute(node, "axes", None)
+            axes = found[node.input[1]].tolist() if axes is None else axes
+            found[node.output[0]] = np.expand_dims(found[node.input[0]], tuple(axes))
+    return found
+
+
 def attribute(node: Any, name: str, default: Any) -> Any:
     """The value of an ONNX attribute, or the default."""
     for item in node.attribute:
         if item.name == name:
             return onnx.helper.get_attribute_value(item)
     return default
+
+
+def read_inside(node: Any) -> Iterator[str]:
+    """The values that the bodies of a loop or a condition read."""
+    for item in node.attribute:
+        for graph in (item.g, *item.graphs):
+            for inner in graph.node:
+                yield from inner.input
+                yield from read_inside(inner)
 
 
 def replace_weights(model: onnx.ModelProto, weights: dict[str, NDArray[Any]]) -> None:
@@ -86,6 +111,35 @@ def replace_weights(model: onnx.ModelProto, weights: dict[str, NDArray[Any]]) ->
             replacement = numpy_helper.from_array(np.ascontiguousarray(array), tensor.name)
             replacement.doc_string = tensor.doc_string
             tensor.CopyFrom(replacement)
+
+
+def replace_inputs(graph: Any, inputs: Mapping[tuple[int, int], NDArray[Any]]) -> None:
+    """Give nodes other constants: in place where nobody else reads them, else under new names.
+
+    Places are (node, input), and may be one past a node's last input.
+    """
+    readers = Counter(value.name for value in graph.output)
+    readers.update(name for node in graph.node for name in (*node.input, *read_inside(node)))
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    listed = {value.name: value for value in graph.input}
+    nodes = list(graph.node)
+    for (index, number), array in inputs.items():
+        node = nodes[index]
+        if number == len(node.input):
+            node.input.append(f"{node.output[0]}_input_{number}")
+        name = node.input[number]
+        tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
+        if name not in stored or readers[name] > 1:
+            tensor.name = node.input[number] = _new_name(name, readers)
+            readers.update({tensor.name: 1, name: -1})
+            graph.initializer.append(tensor)
+            _drop_if_unread(graph, name, readers)
+            continue
+        tensor.doc_string = stored[name].doc_string
+        stored[name].CopyFrom(tensor)
+        if name in listed:
+            new = onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims)
+            listed[name].CopyFrom(new)
 
 
 @dataclass(frozen=True)
@@ -212,3 +266,28 @@ def _fill_sparse(tensor: Any, array: NDArray[Any]) -> None:
     positions = np.flatnonzero(flat).astype(np.int64)
     tensor.values.CopyFrom(numpy_helper.from_array(flat[positions], tensor.values.name))
     tensor.indices.CopyFrom(numpy_helper.from_array(positions, tensor.indices.name))
+
+
+def _new_name(name: str, taken: Mapping[str, int]) -> str:
+    """The name with a number that makes it new."""
+    number = 2
+    while f"{name}_{number}" in taken:
+        number += 1
+    return f"{name}_{number}"
+
+
+def _drop_if_unread(graph: Any, name: str, readers: Counter[str]) -> None:
+    """Remove a constant that nobody reads any more, and what only made it."""
+    if readers[name] > 0:
+        return
+    for sparse in [t for t in graph.sparse_initializer if t.values.name == name]:
+        graph.sparse_initializer.remove(sparse)
+    for tensor in [t for t in graph.initializer if t.name == name]:
+        graph.initializer.remove(tensor)
+    for value in [v for v in graph.input if v.name == name]:
+        graph.input.remove(value)
+    for node in [n for n in graph.node if name in n.output]:
+        graph.node.remove(node)
+        readers.subtract(node.input)
+        for source in node.input:
+            _drop_if_unread(graph, source, readers)

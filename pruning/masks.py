@@ -15,7 +15,7 @@ from topiarist.pruning.saliency import Scores
 
 def unstructured_mask(scores: Scores, density: float) -> Mask:
     """The largest single weights."""
-    return _largest(scores, density)
+    return largest(scores, density)
 
 
 def block_mask(scores: Scores, density: float, groups: int = 1, block: int = 4) -> Mask:
@@ -26,7 +26,7 @@ def block_mask(scores: Scores, density: float, groups: int = 1, block: int = 4) 
     starts = block_starts(len(scores), groups, block)
     sizes = np.diff(starts, append=len(scores))
     energy = np.add.reduceat(scores**2, starts, axis=0)
-    kept = _largest(energy / sizes[:, None, None, None], density)
+    kept = largest(energy / sizes[:, None, None, None], density)
     return np.repeat(kept, sizes, axis=0)
 
 
@@ -45,14 +45,8 @@ def n_m_mask(scores: Scores, n: int, m: int) -> Mask:
     return kept.reshape(padded.shape)[:, :channels]
 
 
-def filter_mask(scores: Scores, density: float) -> Mask:
-    """Whole output filters."""
-    kept = _largest((scores**2).sum(axis=(1, 2, 3)), density)
-    return np.broadcast_to(kept[:, None, None, None], scores.shape)
-
-
-def _largest(scores: Scores, density: float) -> Mask:
-    """Mask of the round(density * size) largest scores, at least one."""
+def largest(scores: Scores, density: float) -> Mask:
+    """The round(density * size) largest of scores of any shape, at least one."""
     flat = scores.ravel()
     keep = max(1, round(density * flat.size))
     if keep >= flat.size:

@@ -13,8 +13,9 @@ import onnx
 from numpy.typing import NDArray
 
 from topiarist.errors import ModelError
+from topiarist.pruning.filters import cut_filters
 from topiarist.pruning.layers import WeightedLayer, replace_weights, weighted_layers
-from topiarist.pruning.masks import block_mask, filter_mask, n_m_mask, unstructured_mask
+from topiarist.pruning.masks import block_mask, n_m_mask, unstructured_mask
 from topiarist.pruning.patterns import Mask
 from topiarist.pruning.saliency import magnitude
 
@@ -27,7 +28,8 @@ FEW_CHANNELS = 4
 class PrunedLayer:
     """What happened to one weight; `layer` is the first layer that uses it.
 
-    `weights` counts all its values. `reason_kept` says why it was left as it was, None if pruned.
+    `weights` counts all its values, before filters were cut out. `reason_kept` says why it was
+    left as it was, or why its filters were, None if pruned.
     """
 
     layer: str
@@ -51,8 +53,6 @@ class _Method:
         scores = magnitude(layer.weight)
         if self.pattern in BLOCKS:
             return block_mask(scores, density, layer.groups, BLOCKS[self.pattern])
-        if self.pattern == "filter":
-            return filter_mask(scores, density)
         if self.m:
             return n_m_mask(scores, self.n, self.m)
         return unstructured_mask(scores, density)
@@ -68,12 +68,15 @@ def prune_model(
     """A copy of the model with its smallest weights set to zero, and what was done per weight.
 
     `pattern` is "unstructured", "block4x1" or "block8x1" (4 or 8 consecutive output channels share
-    their zeros), "filter" (whole output filters) or "N:M", for example "2:4": N of every M
-    consecutive input channels stay. `density` (0..1] is the share of weights that stay, N / M for
-    "N:M".
+    their zeros), "filter" or "N:M", for example "2:4": N of every M consecutive input channels
+    stay. `density` (0..1] is the share of weights that stay, N / M for "N:M".
 
     Left dense, unless `layer_density` names them: fully connected layers, the convolution that
     reads the network's input, depthwise convolutions. All else in the file stays the same.
+
+    "filter" cuts filters out: shapes become smaller, and so do the layers that read the channels.
+    `density` is the share of filters that stay in each group of layers that only go together, for
+    all of which that is possible.
 
     Raises ValueError for a wrong density, pattern or layer name, ModelError for weights that are
     not finite or not loaded.
@@ -81,7 +84,9 @@ def prune_model(
     method, density = _parse_method(pattern, density)
     layers = weighted_layers(model)
     overrides = _overrides(layers, dict(layer_density or {}), method)
-    kept = _reasons_to_keep(model, layers)
+    if method.pattern == "filter":
+        return _cut(model, layers, density, overrides)
+    kept = reasons_to_keep(model, layers)
     report = []
     arrays: dict[str, Any] = {}
     for layer in _first_users(layers):
@@ -158,12 +163,42 @@ def _some(names: Mapping[str, str]) -> str:
     return ", ".join(list(names)[:5]) + (", ..." if len(names) > 5 else "")
 
 
+def _cut(
+    model: onnx.ModelProto, layers: list[WeightedLayer], density: float, overrides: dict[str, float]
+) -> tuple[onnx.ModelProto, list[PrunedLayer]]:
+    """Filters cut out; a layer that only lost input channels has the pattern "channel"."""
+    for layer in layers:
+        _check_finite(layer)
+    named = {v.name: overrides[v.weight_name] for v in layers if v.weight_name in overrides}
+    pruned, reasons = cut_filters(model, density, named)
+    after = {layer.node.output[0]: layer.weight for layer in weighted_layers(pruned)}
+    report = []
+    for layer in _first_users(layers):
+        weight, reason = after[layer.node.output[0]], reasons.get(layer.name)
+        pattern = "filter" if reason is None else "dense"
+        entry = PrunedLayer(
+            layer=layer.name,
+            pattern="channel" if reason and weight.size < layer.weight.size else pattern,
+            density_before=_density(layer.weight),
+            density_after=float(np.count_nonzero(weight) / layer.weight.size),
+            weights=layer.weight.size,
+            reason_kept=reason,
+        )
+        report.append(entry)
+    return pruned, report
+
+
+def _check_finite(layer: WeightedLayer) -> None:
+    """Raise ModelError for weights that nothing can be decided by."""
+    if not np.isfinite(layer.weight).all():
+        raise ModelError(f"{layer.name}: weight {layer.weight_name!r} has NaN or infinite values")
+
+
 def _prune(
     layer: WeightedLayer, method: _Method, density: float, reason: str | None
 ) -> tuple[PrunedLayer, Any]:
     """The report entry, and the weight in its stored shape if it is to change."""
-    if not np.isfinite(layer.weight).all():
-        raise ModelError(f"{layer.name}: weight {layer.weight_name!r} has NaN or infinite values")
+    _check_finite(layer)
     before = _density(layer.weight)
     if reason is not None:
         return PrunedLayer(layer.name, "dense", before, before, layer.weight.size, reason), None
@@ -179,7 +214,7 @@ def _density(weight: NDArray[Any]) -> float:
     return float(np.count_nonzero(weight) / weight.size)
 
 
-def _reasons_to_keep(model: onnx.ModelProto, layers: list[WeightedLayer]) -> dict[str, str]:
+def reasons_to_keep(model: onnx.ModelProto, layers: list[WeightedLayer]) -> dict[str, str]:
     """Weight name -> why it stays dense unless it is named."""
     from_input = _values_before_any_layer(model, layers)
     users = _other_users(model, layers)

@@ -23,7 +23,7 @@ BLOCKS = (8, 4)  # output channels per block of "block8x1" and "block4x1", the m
 GROUP_SIZES = (2, 4, 8, 16)  # the M of N:M that are looked for, the most specific first
 MAX_SUPPORTS = 16  # distinct kernel supports; PatDNN (ASPLOS'20) uses 4 to 12
 
-_DENSE = 0.95  # dense int8 weights, dequantised, have 1 to 3 % zeros by rounding
+DENSE_FROM = 0.95  # dense int8 weights, dequantised, have 1 to 3 % zeros by rounding
 _NEARLY_ALL = 0.98
 _CHANCE = log(1e-6)  # log probability below which chance is ruled out
 _REUSE = 8  # kernels per support
@@ -93,11 +93,11 @@ def _structure(
     taps = prod(mask.shape[2:])
     filters_by_group = live_filters.reshape(groups, -1).sum(axis=1)
     live_size = int(filters_by_group @ live_channels.sum(axis=1)) * taps
-    if nnz >= _DENSE * live_size and not live_filters.all():
+    if nnz >= DENSE_FROM * live_size and not live_filters.all():
         return {"kind": "filter"}
-    if nnz >= _DENSE * live_size and not live_channels.all():
+    if nnz >= DENSE_FROM * live_size and not live_channels.all():
         return {"kind": "channel"}
-    if nnz >= _DENSE * mask.size:
+    if nnz >= DENSE_FROM * mask.size:
         return {"kind": "dense"}
     return (
         _kernel_pattern(mask)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -341,6 +341,7 @@ def _fit_axis(values: IntArray) -> tuple[int, int, int] | None:
     return None
 
 
+@lru_cache(maxsize=1 << 14)  # asked for each of a layer's configurations, and each of its densities
 def tile_address(
     layout: LaneLayout, tiles: tuple[int, int], tile: tuple[int, int], stride: tuple[int, int]
 ) -> TileAddress | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,11 @@ class SparsitySignature:
     row_quantiles: tuple[int, int, int]
 
 
-def signature(weight: NDArray[np.float32], pattern: str) -> SparsitySignature:
+def signature(weight: NDArray[np.number[Any]], pattern: str) -> SparsitySignature:
     """The signature of a weight [O, C / groups, kh, kw]."""
-    o, c = weight.shape[:2]
-    nonzero = (weight.reshape(o, c, -1) != 0).sum(2)
-    starts = np.arange(0, c, SIGNATURE_BLOCK)
-    per_block = np.add.reduceat(nonzero, starts, axis=1).ravel()
+    nonzero = (weight != 0).reshape(len(weight), -1)
+    starts = np.arange(0, nonzero.shape[1], SIGNATURE_BLOCK * math.prod(weight.shape[2:]))
+    per_block = np.add.reduceat(nonzero, starts, axis=1, dtype=np.int64).ravel()
     low, middle, high = np.quantile(per_block, [0.1, 0.5, 0.9], method="nearest")
     density = float(np.count_nonzero(weight)) / max(weight.size, 1)
     return SparsitySignature(round(density, 3), pattern, (int(low), int(middle), int(high)))
@@ -82,7 +82,7 @@ class ConvWorkload:
 
     def to_json(self) -> dict[str, Any]:
         """All fields as plain JSON values."""
-        return asdict(self)
+        return {**vars(self), "sparsity": dict(vars(self.sparsity))}
 
     @property
     def key(self) -> str:

@@ -39,3 +39,15 @@ class MissingRecordsError(TopiaristError):
 
 class CostModelError(TopiaristError):
     """A latency model is broken, was made for something else, or has too little to learn from."""
+
+
+class BudgetError(TopiaristError):
+    """A latency was asked for that no choice of levels reaches."""
+
+
+class ProfileError(TopiaristError):
+    """A profile, the file with a level for each layer, is missing or has a line that is wrong."""
+
+
+class CalibrationError(TopiaristError):
+    """Calibration images don't fit the model, are too few, or leave a layer without statistics."""

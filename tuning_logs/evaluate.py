@@ -150,8 +150,7 @@ def _evaluations(
         like = train.where(train.in_network == (measured == "in network"))
         if not len(part):
             continue
-        predicted = model.predict_us(part.inputs, measured)
-        upper = model.upper_us(part.inputs, measured)
+        predicted, upper = model.expected_and_upper_us(part.inputs, measured)
         yield (
             measured,
             Evaluation(

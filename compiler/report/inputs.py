@@ -6,14 +6,18 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from topiarist.compiler.bench import BenchResult, Ratio, Timing
 from topiarist.compiler.explain import skips_zeros
 from topiarist.compiler.manifest import Manifest
+from topiarist.compiler.output_file import check_output, write_file
 from topiarist.errors import BundleError
+
+Point = tuple[float, float]
+SWEEP_FORMAT = "topiarist-sweep"
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Curve:
     layer: str | None
     densities: tuple[float, ...]
     microseconds: tuple[float, ...]
-    measured: tuple[float, float] | None = None
+    measured: Point | None = None
 
     def __post_init__(self) -> None:
         name = "the network" if self.layer is None else self.layer
@@ -44,7 +48,7 @@ class Curve:
         for us in (*self.microseconds, *(us for _, us in points)):
             _check_time(us, f"the curve of {name}")
 
-    def points(self) -> list[tuple[float, float]]:
+    def points(self) -> list[Point]:
         """(density, microseconds), the densest first."""
         return sorted(zip(self.densities, self.microseconds, strict=True), reverse=True)
 
@@ -62,7 +66,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One network of a family: asked speedup, measured latency, and accuracy as a share 0..1."""
+    """One network of a family: its label, asked speedup (1 where none was asked), latency.
+
+    `accuracy` is a share of 0 to 1 of the sweep's quantity. Raises ValueError.
+    """
 
     speedup: float
     latency_us: float
@@ -70,9 +77,13 @@ class SweepPoint:
     label: str
 
     def __post_init__(self) -> None:
+        if not self.label:
+            raise ValueError("a point of the sweep has no label")
         _check_time(self.latency_us, f"the sweep's {self.label}")
         if not 0 <= self.accuracy <= 1:
             raise ValueError(f"{self.label}: the accuracy is a share of 0 to 1: {self.accuracy}")
+        if not (self.speedup > 0 and math.isfinite(self.speedup)):
+            raise ValueError(f"{self.label}: the speedup is a positive number: {self.speedup}")
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,52 @@ class Sweep:
 
     points: tuple[SweepPoint, ...]
     quantity: str = "accuracy"
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {"format": SWEEP_FORMAT, **asdict(self)}
+
+
+def write_sweep(sweep: Sweep, output: Path) -> None:
+    """Write a sweep as JSON, for `read_sweep`. Raises OutputError."""
+    text = json.dumps(sweep.to_json(), indent=1) + "\n"
+    write_file(check_output(output), text.encode())
+
+
+def read_sweep(path: Path) -> Sweep:
+    """What `write_sweep` wrote. Raises ValueError saying what is wrong with it."""
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"can't read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no sweep: it is no JSON") from error
+    if not isinstance(data, dict) or data.get("format") != SWEEP_FORMAT:
+        raise ValueError(f'{path} is no sweep: it lacks "format": "{SWEEP_FORMAT}"')
+    points, quantity = data.get("points"), data.get("quantity")
+    if not isinstance(quantity, str) or not quantity:
+        raise ValueError(f"{path}: quantity is no text that says what accuracy is")
+    if not isinstance(points, list) or not points:
+        raise ValueError(f"{path}: points is no list with at least one point")
+    return Sweep(tuple(_point(p, f"{path}, point {i + 1}") for i, p in enumerate(points)), quantity)
+
+
+def _point(data: Any, where: str) -> SweepPoint:
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} is no JSON object")
+    names = [item.name for item in fields(SweepPoint)]
+    if wrong := sorted(data.keys() ^ set(names)):
+        known = "has the unknown field" if wrong[0] in data else "lacks"
+        raise ValueError(f"{where} {known} {wrong[0]!r:.80}; a point has {', '.join(names)}")
+    for name, value in data.items():
+        if name != "label" and type(value) not in (int, float):
+            raise ValueError(f"{where}: {name} is no number: {value!r:.80}")
+    if not isinstance(data["label"], str):
+        raise ValueError(f"{where}: label is no text: {data['label']!r:.80}")
+    try:
+        return SweepPoint(**data)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Row:
 
     `us` is its time in the network, or an estimate where `estimated`. `own_us` and `dense_us` are
     the times of its kernel and of the best dense one, taken alike, and `gain` is their ratio.
-    `share` is of the network's layers together, `roofline` the share of what the machine allows.
+    `roofline` is the share of what the machine allows, `weights` their number.
     """
 
     index: int
@@ -65,6 +65,7 @@ class Row:
     bound: str
     explanation: tuple[str, ...]
     predicted_us: float | None
+    weights: int | None
 
     @property
     def error(self) -> float | None:
@@ -110,6 +111,7 @@ def rows_of(
                 bound="" if limits is None else limits.bound,
                 explanation=layer.explanation,
                 predicted_us=(predicted_us or {}).get(layer.layer),
+                weights=math.prod(layer.weight_shape) if layer.weight_shape else None,
             )
         )
     return rows

@@ -15,13 +15,20 @@ STEP = 0.97  # a level is sparser than what a layer has if it keeps less than th
 
 @dataclass(frozen=True)
 class Step:
-    """A layer one level sparser: predicted microseconds now and then."""
+    """A layer at the next level that pays: microseconds now and, predicted, then.
+
+    `least_us` is its time at the sparsest level looked at, `least_density`. `dropped` is the number
+    of weights that would go, None where the bundle doesn't say how many there are.
+    """
 
     row: Row
     density: float
     next_density: float
     now_us: float
     next_us: float
+    least_density: float
+    least_us: float
+    dropped: int | None
 
     @property
     def gain_us(self) -> float:
@@ -31,14 +38,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Stay:
-    """A layer that the next level makes no faster, and why."""
+    """A layer that no sparser level makes faster, and why."""
 
     row: Row
     reason: str
 
 
 def outlook(rows: Sequence[Row], curves: Sequence[Curve]) -> tuple[list[Step], list[Stay]]:
-    """Layers by what one level gains, the most first; and those without a gain."""
+    """Layers by what the next level that pays gains, the most first; and those without a gain."""
     by_name = {curve.layer: curve for curve in curves}
     steps, stays = [], []
     for row in rows:
@@ -58,15 +65,17 @@ def _look(row: Row, density: float, curve: Curve) -> Step | Stay:
     sparser = [point for point in curve.points() if point[0] < STEP * density]
     if not sparser:
         return Stay(row, f"{share_text(density)} is already the sparsest level looked at.")
-    next_density, next_us = sparser[0]
-    enough = (1 - WORTH) * now
-    if next_us <= enough:
-        return Step(row, density, next_density, now, next_us)
-    later = next((d for d, us in sparser if us <= enough), None)
-    if later is not None:
-        return Stay(row, f"It would pay only from {axis_share(later)} nonzeros on.")
-    down_to = axis_share(sparser[-1][0])
-    return Stay(row, f"No level down to {down_to} is predicted to be faster{_because(row)}.")
+    pays = next((point for point in sparser if point[1] <= (1 - WORTH) * now), None)
+    if pays is None:
+        down_to = axis_share(sparser[-1][0])
+        return Stay(row, f"No level down to {down_to} is predicted to be faster{_because(row)}.")
+    # The share that a level gains is predicted better than the time itself.
+    scale = row.us / now if row.us and not row.estimated else 1.0
+    dropped = None if row.weights is None else round((density - pays[0]) * row.weights)
+    return Step(
+        row, density, pays[0], scale * now, scale * pays[1], sparser[-1][0],
+        scale * min(us for _, us in sparser), dropped,
+    )  # fmt: skip
 
 
 def _because(row: Row) -> str:

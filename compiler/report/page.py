@@ -110,7 +110,7 @@ def report_page(manifest: Manifest, bundle: str, details: Details | None = None)
         parts=pictures.parts(rows, manifest.others),
         families={row.family: FAMILIES[row.family] for row in rows},
         dots=pictures.dot_chart(rows),
-        network_curves=[pictures.curve_plot(c) for c in predictions.curves if c.layer is None],
+        network_curves=[(c, pictures.curve_plot(c)) for c in predictions.curves if c.layer is None],
         layer_curves=[
             (by_name[c.layer], pictures.curve_plot(c, by_name[c.layer]))
             for c in predictions.curves
@@ -120,6 +120,7 @@ def report_page(manifest: Manifest, bundle: str, details: Details | None = None)
         prediction=_prediction(rows),
         source=predictions.source,
         steps=steps,
+        total_us=_parts_us(manifest, others=True),
         shown=SHOWN,
         stays=stays,
         sweep=details.sweep,

@@ -16,7 +16,7 @@ from topiarist.compiler.report.charts import (
     log_axis,
     place_labels,
 )
-from topiarist.compiler.report.inputs import Curve, Sweep
+from topiarist.compiler.report.inputs import Curve, Sweep, SweepPoint
 from topiarist.compiler.report.layers import FAMILIES, REST, Row
 from topiarist.compiler.report.texts import axis_share, axis_time, share_text, time_text
 
@@ -233,7 +233,7 @@ def scatter(rows: Sequence[Row]) -> Plot | None:
 
 def pareto(sweep: Sweep) -> Plot:
     """Accuracy over latency; those points are joined that no other beats in both."""
-    points = sorted(sweep.points, key=lambda point: (point.latency_us, -point.accuracy))
+    points = _by_latency(sweep)
     plot = Plot(
         name=f"{sweep.quantity} over latency",
         width=420,
@@ -253,7 +253,16 @@ def pareto(sweep: Sweep) -> Plot:
         )
         for p in points
     ]
-    best = [p for i, p in enumerate(points) if all(p.accuracy > q.accuracy for q in points[:i])]
-    front = [(p.latency_us, p.accuracy) for p in best]
-    placed = place_labels(plot, marks, [p.label for p in points], front)
-    return replace(plot, line=plot.path(front), marks=tuple(placed))
+    line = [(p.latency_us, p.accuracy) for p in front(sweep)]
+    placed = place_labels(plot, marks, [p.label for p in points], line)
+    return replace(plot, line=plot.path(line), marks=tuple(placed))
+
+
+def _by_latency(sweep: Sweep) -> list[SweepPoint]:
+    return sorted(sweep.points, key=lambda point: (point.latency_us, -point.accuracy))
+
+
+def front(sweep: Sweep) -> list[SweepPoint]:
+    """The networks that no other beats in both, the fastest first."""
+    points = _by_latency(sweep)
+    return [p for i, p in enumerate(points) if all(p.accuracy > q.accuracy for q in points[:i])]

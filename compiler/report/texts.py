@@ -34,6 +34,20 @@ def share_text(share: float | None) -> str:
     return f"{percent:.1f} %" if percent >= 0.1 else "< 0.1 %"
 
 
+def accuracy_text(share: float) -> str:
+    """`91.65 %`: a hundredth of a percent is an image of ten thousand."""
+    return f"{100 * share:.2f} %"
+
+
+def count_text(count: int | None) -> str:
+    """`940`, `12 k`, `1.2 M`; an en dash where nobody knows."""
+    if count is None:
+        return "–"
+    if count >= 999_500:
+        return f"{count / 1e6:.1f} M"
+    return f"{count / 1e3:.0f} k" if count >= 10_000 else f"{count}"
+
+
 def axis_share(share: float) -> str:
     """On an axis: `100 %`, `0.5 %`."""
     return f"{100 * share:.4g} %"

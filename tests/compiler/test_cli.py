@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner, Result
 
-from topiarist.compiler import cli_bundles, cli_models
+from topiarist.compiler import cli_bundles, cli_prune
 from topiarist.compiler.cli import app
 from topiarist.targets import registry
 
@@ -145,8 +145,19 @@ def test_prune_by_numbers(conv_model: Path, tmp_path: Path) -> None:
     assert_error(wrong, "NAME=DENSITY", "'conv2'")
 
 
+def test_prune_cuts_filters_out(conv_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "narrow.onnx"
+    options = ("--pattern", "filter", "--density", 0.5, "-o", output)
+    layers = call_json("prune", conv_model, *options)["layers"]
+    assert [layer["pattern"] for layer in layers] == ["filter", "filter", "channel"]
+    assert layers[2]["reason_kept"] == "the network's output 'y' has them"
+    shapes = [layer["weight_shape"][:2] for layer in call_json("inspect", output)["layers"]]
+    assert shapes == [[4, 3], [4, 4], [8, 4]]
+    assert output.stat().st_size < conv_model.stat().st_size / 2
+
+
 def test_layer_names_with_an_equals_sign() -> None:
-    assert cli_models.parse_layer_density("a=b=0.5") == ("a=b", 0.5)
+    assert cli_prune.parse_layer_density("a=b=0.5") == ("a=b", 0.5)
 
 
 def test_outputs_that_cannot_be_written(conv_model: Path, tmp_path: Path) -> None:

@@ -1,24 +1,31 @@
-"""What layers would take: dense kernels stay at hand, and nothing is asked twice."""
+"""Prices: of many layers at once, shared by those that are alike."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from topiarist.compiler.choose import LINEAR_KERNELS
-from topiarist.compiler.graph import Conv, Graph, Linear, Value, View
+from tests.models import Net
+from topiarist.compiler.choose import conv_views
+from topiarist.compiler.extract import extract_layers
+from topiarist.compiler.frontend import import_model
+from topiarist.compiler.graph import Conv, Graph
 from topiarist.compiler.prices import (
     SHORTLIST,
     SPARSE_KERNELS,
     Analytic,
     Prices,
+    all_prices,
     open_prices,
     shortlist,
 )
+from topiarist.compiler.recorded import Device
+from topiarist.compiler.simplify import simplify
 from topiarist.compiler.tune import candidates
+from topiarist.pruning.one_shot import prune_model
 from topiarist.schedules.kernels import CONV_KERNELS
 from topiarist.schedules.workload import SparsitySignature
 from topiarist.targets import registry
@@ -27,42 +34,100 @@ from topiarist.tuning_logs.boosters import Floats
 from topiarist.tuning_logs.record import MeasureInput
 from topiarist.tuning_logs.roofline import LayerWork, Roofline
 
+TWENTIETH = SparsitySignature(0.05, "unstructured", (5, 14, 23))
+
+
+class Counting:
+    """Takes nonzeros for time, with some overhead for kernels that skip zeros."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def prices_us(self, whats: Sequence[MeasureInput]) -> tuple[Floats, Floats]:
+        self.calls.append(len(whats))
+        times = np.array([self.us(what) for what in whats])
+        return times, 2 * times
+
+    def us(self, what: MeasureInput) -> float:
+        tile = what.config.get("rows", 1) * what.config.get("cols", 1)
+        return 1 + 1 / tile + (300 * what.sparsity["density"] if self.skips(what) else 100)
+
+    def skips(self, what: MeasureInput) -> bool:
+        return what.kernel in SPARSE_KERNELS
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    """Two layers that are alike, a larger one and a classifier; the first three are pruned."""
+    net = Net()
+    x = net.input(1, 16, 8, 8)
+    x = net.conv(x, 16, 16, name="one")
+    x = net.conv(x, 16, 16, name="two")
+    x = net.conv(x, 32, 16, name="three")
+    x = net.node("Flatten", net.node("GlobalAveragePool", x))
+    x = net.node("Gemm", x, net.weight(10, 32), name="fc", transB=1)
+    densities = dict.fromkeys(("one", "two", "three"), 0.1)
+    model, _ = prune_model(net.model(x), density=1, layer_density=densities)
+    return simplify(extract_layers(import_model(model)))
+
+
+@pytest.fixture
+def prices(graph: Graph) -> Prices:
+    device = Device.named(registry.get("x86-avx2"), 1)
+    return all_prices(graph, device, 1, Counting())[0]
+
+
+def test_many_at_once_are_as_one_by_one(prices: Prices, graph: Graph) -> None:
+    """But the pricer is asked once."""
+    asked = [(name, zeros) for name in prices.layers for zeros in (None, TWENTIETH)]
+    together = prices.prices(asked)
+    assert isinstance(prices.pricer, Counting) and len(prices.pricer.calls) == 1
+    alone = all_prices(graph, prices.device, 1, Counting())[0]
+    assert [alone.price(*one) for one in asked] == together
+    assert prices.prices(asked) == together and len(prices.pricer.calls) == 1
+    assert prices.prices([]) == []
+
+
+def test_layers_that_are_alike_share(prices: Prices) -> None:
+    first = prices.price("one", TWENTIETH)
+    asked = list(prices.pricer.calls)  # type: ignore[attr-defined]
+    assert prices.price("two", TWENTIETH) == first and prices.place("one") == prices.place("two")
+    assert prices.pricer.calls == asked  # type: ignore[attr-defined]
+    assert prices.place("three") != prices.place("one")
+
+
+def test_the_best_kernel_decides(prices: Prices) -> None:
+    """Sparse below a third here; a dense kernel takes the same time whatever the zeros."""
+    sparse, dense = (
+        prices.price("one", TWENTIETH),
+        prices.price("one", replace(TWENTIETH, density=0.7)),
+    )
+    assert sparse.kernel in SPARSE_KERNELS and sparse.run_us == sparse.sparse_us
+    assert dense.kernel not in SPARSE_KERNELS and dense.run_us == dense.dense_us
+    assert sparse.dense_us == dense.dense_us and sparse.upper_us == 2 * sparse.run_us
+    assert dense.sparse_us is not None and dense.sparse_us > dense.run_us
+    assert prices.price("one", replace(TWENTIETH, density=0.9)).sparse_us is None
+    assert prices.price("fc").kernel == "dense_linear"
+    assert prices.price("fc", TWENTIETH).kernel == "sparse_linear"
+
+
+def test_the_sum_is_of_layers_with_their_zeros(prices: Prices) -> None:
+    assert prices.total_us == pytest.approx(sum(prices.price(n).run_us for n in prices.layers))
+    assert prices.price("one") != prices.price("one", TWENTIETH)
+
+
 FORMULA = Roofline(dense_gflops=100.0, bandwidth_gbs=10.0, alpha=2.5)
 
 
-@dataclass
-class Counting:
-    """The formula, counting what it is asked."""
+class Formula:
+    """The analytic model, noting what it is asked."""
 
-    asked: list[MeasureInput] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.asked: list[MeasureInput] = []
 
     def prices_us(self, whats: Sequence[MeasureInput]) -> tuple[Floats, Floats]:
         self.asked += whats
         return Analytic(FORMULA).prices_us(whats)
-
-
-def net() -> Graph:
-    """Four 3x3 layers, two of them in the same layouts; a 1x1 layer, a fully connected one."""
-    random = np.random.default_rng(0)
-    shapes = {**dict.fromkeys(("first", "a", "b", "last"), (64, 64, 3, 3)), "c": (32, 64, 1, 1)}
-    weights = {n: random.standard_normal(shape).astype(np.float32) for n, shape in shapes.items()}
-    values = {"x": Value("x", (1, 64, 14, 14))}
-    nodes: list[Conv | View | Linear] = []
-    for before, (name, weight) in zip(("x", *weights), weights.items(), strict=False):
-        pad = weight.shape[2] // 2
-        bias = np.zeros(len(weight), np.float32)
-        nodes.append(
-            Conv(name=name, inputs=(before,), output=name, weight=weight, bias=bias,
-                 padding=(pad,) * 4)
-        )  # fmt: skip
-        values[name] = Value(name, (1, len(weight), 14, 14))
-    nodes.append(View(name="flat", inputs=("c",), output="flat"))
-    values["flat"] = Value("flat", (1, 32 * 14 * 14))
-    weight = random.standard_normal((16, 32 * 14 * 14)).astype(np.float32)
-    bias = np.zeros(16, np.float32)
-    nodes.append(Linear(name="fc", inputs=("flat",), output="fc", weight=weight, bias=bias))
-    values["fc"] = Value("fc", (1, 16))
-    return Graph(tuple(nodes), values, ("x",), ("fc",))
 
 
 def zeros(density: float, pattern: str = "unstructured") -> SparsitySignature:
@@ -71,31 +136,31 @@ def zeros(density: float, pattern: str = "unstructured") -> SparsitySignature:
 
 
 @pytest.fixture
-def pricer() -> Counting:
-    return Counting()
+def formula() -> Formula:
+    return Formula()
 
 
 @pytest.fixture
-def prices(pricer: Counting) -> Prices:
-    return open_prices(net(), registry.get("host"), 1, pricer)[0]
+def priced(graph: Graph, formula: Formula) -> Prices:
+    return open_prices(graph, registry.get("host"), 1, formula)[0]
 
 
-def test_the_cheapest_layouts_come_first(pricer: Counting) -> None:
-    found = open_prices(net(), registry.get("host"), 1, pricer)
-    totals = [prices.total_us for prices in found]
+def test_the_cheapest_layouts_come_first(graph: Graph, formula: Formula) -> None:
+    found = open_prices(graph, registry.get("host"), 1, formula)
+    totals = [one.total_us for one in found]
     assert len(found) > 1 and totals == sorted(totals)
-    total = sum(found[0].price(name).run_us for name in ("first", "a", "b", "last", "c", "fc"))
+    total = sum(found[0].price(name).run_us for name in found[0].layers)
     assert totals[0] == pytest.approx(total)
 
 
-@pytest.mark.parametrize("layer", ["a", "c", "fc"])
-def test_zeros_never_cost(prices: Prices, layer: str) -> None:
+@pytest.mark.parametrize("layer", ["one", "three", "fc"])
+def test_zeros_never_cost(priced: Prices, layer: str) -> None:
     """However many: the dense kernels are the same, and the best of all counts."""
-    dense = prices.price(layer)
+    dense = priced.price(layer, zeros(1.0, "dense"))
     assert dense.sparse_us is None and dense.run_us == dense.dense_us
     before = dense.run_us
     for density in (0.9, 0.7, 0.5, 0.3, 0.1, 0.03):
-        price = prices.price(layer, zeros(density))
+        price = priced.price(layer, zeros(density))
         assert price.dense_us == dense.dense_us
         assert price.run_us == min(price.dense_us, price.sparse_us or np.inf)
         assert price.run_us <= before and price.upper_us >= price.run_us
@@ -104,48 +169,29 @@ def test_zeros_never_cost(prices: Prices, layer: str) -> None:
     assert before < dense.run_us
 
 
-def test_the_analytic_price_is_that_of_the_formula(prices: Prices) -> None:
-    price = prices.price("a", zeros(0.1))
+def test_the_analytic_price_is_that_of_the_formula(priced: Prices) -> None:
+    price = priced.price("one", zeros(0.1))
     work = LayerWork.of(price.what)
     assert work is not None and work.density == 0.1
     assert price.run_us == FORMULA.sparse_us(work)
     assert price.dense_us == FORMULA.dense_us(work)
 
 
-def test_layers_alike_cost_alike_and_prices_are_remembered(
-    prices: Prices, pricer: Counting
-) -> None:
-    first = prices.price("a", zeros(0.2))
-    count = len(pricer.asked)
-    assert prices.price("a", zeros(0.2)) is first
-    assert prices.price("b", zeros(0.2)) == first
-    assert len(pricer.asked) == count
-    assert prices.price("c", zeros(0.2)) != first
-
-
 def test_a_pattern_that_a_kernel_is_made_for_is_offered_to_it(
-    prices: Prices, pricer: Counting
+    priced: Prices, formula: Formula
 ) -> None:
-    pricer.asked.clear()
-    prices.price("a", zeros(0.1, "block4x1"))
-    assert "block_sparse" in {what.kernel for what in pricer.asked}
-    pricer.asked.clear()
-    prices.price("a", zeros(1.0, "dense"))
-    assert not {what.kernel for what in pricer.asked} & SPARSE_KERNELS
+    formula.asked.clear()
+    priced.price("one", zeros(0.1, "block4x1"))
+    assert "block_sparse" in {what.kernel for what in formula.asked}
+    formula.asked.clear()
+    priced.price("one", zeros(1.0, "dense"))
+    assert not {what.kernel for what in formula.asked} & SPARSE_KERNELS
 
 
-def test_a_fully_connected_layer_with_other_zeros(prices: Prices, pricer: Counting) -> None:
-    pricer.asked.clear()
-    price = prices.price("fc", zeros(0.1))
-    assert {what.kernel for what in pricer.asked} == {*LINEAR_KERNELS}
-    assert {what.sparsity["density"] for what in pricer.asked} == {0.1}
-    assert price.kernel == "sparse_linear"
-
-
-def test_the_shortlist_has_the_best_of_each_kernel(prices: Prices) -> None:
-    workload, views = prices._places["a"]
-    site = prices.parts.site(workload, views)
-    variants = candidates("a", site, 1e-4)
+def test_the_shortlist_has_the_best_of_each_kernel(priced: Prices) -> None:
+    (node, *_) = (n for n in priced.graph.nodes if isinstance(n, Conv))
+    site = priced.parts.site(priced.workloads[node.name], conv_views(node, priced.layouts))
+    variants = candidates("one", site, 1e-4)
     found = shortlist(variants, site)
     for kernel in {variant.kernel.name for variant in variants}:
         times = sorted(
@@ -155,8 +201,8 @@ def test_the_shortlist_has_the_best_of_each_kernel(prices: Prices) -> None:
         assert listed == times[:SHORTLIST]
 
 
-def test_as_json(prices: Prices) -> None:
-    document = prices.price("a", zeros(0.1)).to_json()
+def test_as_json(priced: Prices) -> None:
+    document = priced.price("one", zeros(0.1)).to_json()
     assert {*document} == {"kernel", "run_us", "upper_us", "dense_us", "sparse_us"}
 
 

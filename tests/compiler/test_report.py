@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,10 +20,18 @@ from topiarist.compiler.cli import app
 from topiarist.compiler.compiled import LayerChoice, LayerLimits, OtherWork, TensorSignature
 from topiarist.compiler.manifest import Manifest, SourceModel
 from topiarist.compiler.report import charts, pictures, texts
-from topiarist.compiler.report.inputs import Curve, Predictions, Sweep, SweepPoint
+from topiarist.compiler.report.inputs import (
+    Curve,
+    Predictions,
+    Sweep,
+    SweepPoint,
+    read_sweep,
+    write_sweep,
+)
 from topiarist.compiler.report.layers import knobs_text, rows_of, short_names
 from topiarist.compiler.report.outlook import Stay, outlook
 from topiarist.compiler.report.page import Details, report_page, write_report
+from topiarist.compiler.report.plots import write_sweep_plot
 from topiarist.errors import BundleError, OutputError
 from topiarist.targets import registry
 
@@ -319,12 +328,16 @@ def test_what_to_prune_next() -> None:
     details = everything()
     assert details.predictions is not None
     steps, stays = outlook(rows_of(network().layers), details.predictions.curves)
-    assert [(s.row.layer, s.next_density, s.gain_us) for s in steps] == [
-        ("a.2", 0.05, 20.0),
+    assert [(s.row.layer, s.next_density, round(s.gain_us, 6)) for s in steps] == [
+        ("stem", 0.05, 50.0),  # the first level that pays
+        ("a.2", 0.05, 24.0),  # of 60 µs measured, where 50 were predicted
         ("a.1", 0.05, 10.0),
     ]
-    assert [stay.row.layer for stay in stays] == ["stem", "fc"]
-    assert "5 % nonzeros" in stays[0].reason and "No level down to 1 %" in stays[1].reason
+    assert [s.now_us for s in steps] == [300.0, 60.0, 50.0]
+    assert (steps[2].least_density, steps[2].least_us) == (0.01, 30.0)
+    assert steps[2].dropped == round(0.05 * 64 * 32 * 9)
+    assert [stay.row.layer for stay in stays] == ["fc"]
+    assert "No level down to 1 %" in stays[0].reason
     sparsest = outlook(rows_of([layer("a", density=0.01)]), [Curve("a", (1.0, 0.01), (9.0, 3.0))])
     assert isinstance(sparsest[1][0], Stay) and "already the sparsest" in sparsest[1][0].reason
     slow = dataclasses.replace(
@@ -352,6 +365,8 @@ def test_a_curve_between_its_points() -> None:
         lambda: Curve("a", (1.0, 0.5), (5.0, float("nan"))),
         lambda: Curve("a", (1.0, 0.5), (5.0, 5.0), (0.5, -1.0)),
         lambda: SweepPoint(1.0, 5.0, 91.0, "percent"),
+        lambda: SweepPoint(0.0, 5.0, 0.9, "no speed"),
+        lambda: SweepPoint(1.0, 5.0, 0.9, ""),
         lambda: Predictions("", {"a": 0.0}),
         lambda: Predictions("", {}, (Curve("a", (1, 0.5), (5, 4)),) * 2),
         lambda: report_page(network(), "n", Details(predictions=Predictions("", {"zzz": 1.0}))),
@@ -392,12 +407,94 @@ def test_labels_of_a_crowd_do_not_overlap() -> None:
     assert plot.line.count(",") == 1  # the first is faster and better than all others
 
 
+SWEEP = Sweep((SweepPoint(1, 560.0, 0.9165, "dense"), SweepPoint(2.0, 280, 0.9, "2x")), "top-1")
+
+
+def test_a_sweep_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.json"
+    write_sweep(SWEEP, path)
+    assert read_sweep(path) == SWEEP
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"format": "other"}, "is no sweep"),
+        ({"quantity": ""}, "quantity"),
+        ({"quantity": 1}, "quantity"),
+        ({"points": []}, "at least one point"),
+        ({"points": {}}, "at least one point"),
+        ({"points": [3]}, "point 1 is no JSON object"),
+        ({"points": [{"label": "a"}]}, "point 1 lacks 'accuracy'; a point has speedup"),
+        ({"accuracy": 91.0}, "point 2: 2x: the accuracy is a share"),
+        ({"latency_us": -1}, "point 2: the sweep's 2x has a time of -1"),
+        ({"latency_us": "fast"}, "latency_us is no number: 'fast'"),
+        ({"speedup": True}, "speedup is no number"),
+        ({"label": 3}, "label is no text"),
+        ({"colour": "red"}, "point 2 has the unknown field 'colour'"),
+    ],
+)
+def test_what_is_no_sweep_is_refused(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
+    data = SWEEP.to_json()
+    data["points"] = list(data["points"])
+    if change.keys() <= data.keys():
+        data |= change
+    else:
+        data["points"][1] |= change
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=problem) as caught:
+        read_sweep(path)
+    assert "sweep.json" in str(caught.value)
+    for text in ("{", "[]", ""):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="is no sweep"):
+            read_sweep(path)
+    with pytest.raises(ValueError, match="can't read"):
+        read_sweep(tmp_path / "no.json")
+
+
+def test_a_sweep_as_a_picture(tmp_path: Path) -> None:
+    """The same bytes each time; names of formulas are names."""
+    pytest.importorskip("matplotlib")
+    points = (*SWEEP.points, SweepPoint(3.0, 200.0, 0.8, "$x_{$ \\frac"))
+    first = write_sweep_plot(Sweep(points, "a $share_"), tmp_path / "a.png").read_bytes()
+    assert first.startswith(b"\x89PNG")
+    assert first == write_sweep_plot(Sweep(points, "a $share_"), tmp_path / "b.png").read_bytes()
+    with pytest.raises(OutputError, match="is a folder"):
+        write_sweep_plot(SWEEP, tmp_path)
+
+
+def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(OutputError, match=r"topiarist\[plots\]"):
+        write_sweep_plot(SWEEP, tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_the_command_plots_a_sweep(tiny_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    output, sweep, plot = (tmp_path / name for name in ("r.html", "sweep.json", "plot.png"))
+    write_sweep(SWEEP, sweep)
+    base = ["report", str(tiny_bundle), "-o", str(output)]
+    result = CliRunner().invoke(app, [*base, "--sweep", str(sweep), "--plot", str(plot)])
+    assert result.exit_code == 0 and str(plot) in result.stdout, result.output
+    text = Page(output.read_text()).text
+    assert "91.65 %" in text and "top-1" in text and plot.stat().st_size > 1000
+    result = CliRunner().invoke(app, [*base, "--plot", str(plot)])
+    assert result.exit_code == 2 and "--sweep" in result.stderr
+
+
 def test_numbers_as_text() -> None:
     assert [texts.time_text(us) for us in (7.54, 99.96, 254.4, 999.4, 999.6, 13444.0, 1e6)] == [
         "7.54 µs", "100 µs", "254 µs", "999 µs", "1.00 ms", "13.4 ms", "1.00 s"
     ]  # fmt: skip
     assert [texts.share_text(s) for s in (None, 0.0, 0.0004, 0.1234, 1.0)] == [
         "–", "0 %", "< 0.1 %", "12.3 %", "100 %"
+    ]  # fmt: skip
+    assert [texts.count_text(n) for n in (None, 940, 12_400, 999_600)] == [
+        "–", "940", "12 k", "1.0 M"
     ]  # fmt: skip
     assert (texts.gain_text(3.94), texts.error_text(-0.041)) == ("3.9×", "−4.1 %")
     assert knobs_text({"a": 1, "b": False, "c": True, "d": (4, 2)}).replace("\xa0", " ") == (
@@ -474,7 +571,8 @@ def test_the_command(tiny_bundle: Path, tmp_path: Path) -> None:
     output = tmp_path / "report.html"
     result = CliRunner().invoke(app, ["report", str(tiny_bundle), "-o", str(output), "--json"])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout) == {"report": str(output), "bytes": output.stat().st_size}
+    written = {"report": str(output), "bytes": output.stat().st_size, "plot": None}
+    assert json.loads(result.stdout) == written
     for arguments in (
         [str(tiny_bundle), "-o", str(tmp_path)],
         [str(tiny_bundle), "-o", str(tmp_path / "no" / "r.html")],

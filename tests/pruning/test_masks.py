@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from topiarist.pruning.masks import block_mask, filter_mask, n_m_mask, unstructured_mask
+from topiarist.pruning.masks import block_mask, largest, n_m_mask, unstructured_mask
 
 
 def _scores(*shape):
@@ -69,9 +69,8 @@ def test_n_m_of_an_odd_number_of_channels():
     assert (n_m_mask(np.zeros((2, 5, 1, 1)), 2, 4).sum(axis=1).ravel() == 3).all()
 
 
-def test_filters_by_norm():
-    scores = _scores(10, 4, 3, 3)
-    kept = filter_mask(scores, 0.3).all(axis=(1, 2, 3))
-    assert sorted(np.argsort(np.linalg.norm(scores.reshape(10, -1), axis=1))[-3:]) == sorted(
-        np.flatnonzero(kept)
-    )
+def test_the_largest_of_any_shape():
+    scores = _scores(40)
+    kept = largest(scores, 0.3)
+    assert sorted(np.argsort(scores)[-12:]) == np.flatnonzero(kept).tolist()
+    assert largest(scores, 0.001).sum() == 1

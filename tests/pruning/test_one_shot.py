@@ -90,12 +90,51 @@ def test_everything_else_is_untouched():
     assert pruned == model
 
 
-@pytest.mark.parametrize("pattern", ["block4x1", "block8x1", "2:4", "filter"])
+@pytest.mark.parametrize("pattern", ["block4x1", "block8x1", "2:4"])
 def test_patterns(pattern):
     pruned, report = prune_model(_network(), density=0.5, pattern=pattern)
     found = find_pattern(_weights(pruned)["/conv2/Conv"])
     assert str(found) == pattern
     assert {entry.pattern for entry in report} == {pattern, "dense"}
+
+
+def test_filters_are_cut_out():
+    model = _network()
+    pruned, report = prune_model(model, density=0.5, pattern="filter")
+    onnx.checker.check_model(pruned, full_check=True)
+    shapes = {name: weight.shape for name, weight in _weights(pruned).items()}
+    assert shapes == {
+        "conv1": (8, 3, 3, 3),
+        "/conv2/Conv": (9, 8, 3, 3),
+        "dw": (9, 1, 3, 3),
+        "conv3": (10, 9, 1, 1),
+        "fc": (10, 10, 1, 1),
+    }
+    by_layer = {entry.layer: entry for entry in report}
+    assert [entry.pattern for entry in report] == [*["filter"] * 4, "channel"]
+    assert by_layer["fc"].reason_kept == "the network's output 'y' has them"
+    assert by_layer["/conv2/Conv"].density_after == pytest.approx(0.25)
+    norms = np.linalg.norm(_weights(model)["conv1"].reshape(16, -1), axis=1)
+    largest = np.sort(np.argsort(norms)[-8:])
+    assert (_weights(pruned)["conv1"] == _weights(model)["conv1"][largest]).all()
+
+
+def test_filters_of_named_layers():
+    asked = {"conv1": 0.25, "dw": 1.0}
+    pruned, report = prune_model(_network(), density=0.5, pattern="filter", layer_density=asked)
+    shapes = [weight.shape[:2] for weight in _weights(pruned).values()]
+    assert shapes == [(4, 3), (18, 4), (18, 1), (10, 18), (10, 10)]
+    reasons = {entry.layer: entry.reason_kept for entry in report}
+    assert reasons["dw"] == reasons["/conv2/Conv"] == "density 1 was asked for"
+    with pytest.raises(ValueError, match="fc can't be cut: the network's output 'y' has them"):
+        prune_model(_network(), density=0.5, pattern="filter", layer_density={"fc": 0.5})
+    with pytest.raises(ValueError, match="dw goes together with /conv2/Conv, dw: one density"):
+        prune_model(
+            _network(),
+            density=0.5,
+            pattern="filter",
+            layer_density={"/conv2/Conv": 0.5, "dw": 0.25},
+        )
 
 
 def test_n_m_sets_the_density():
@@ -148,6 +187,8 @@ def test_weights_that_are_not_finite_are_refused(bad):
     model.graph.initializer[1].CopyFrom(numpy_helper.from_array(weight, "conv2.weight"))
     with pytest.raises(ModelError, match="/conv2/Conv"):
         prune_model(model, density=0.5)
+    with pytest.raises(ModelError, match="/conv2/Conv"):
+        prune_model(model, density=0.5, pattern="filter")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from topiarist.pruning.masks import block_mask, filter_mask, n_m_mask, unstructured_mask
+from topiarist.pruning.masks import block_mask, n_m_mask, unstructured_mask
 from topiarist.pruning.patterns import find_pattern
 
 SHAPES = [(64, 64, 3, 3), (128, 64, 1, 1), (30, 20, 3, 3), (512, 512, 1, 1), (100, 7, 1, 1)]
@@ -118,11 +118,6 @@ def test_depthwise():
     weight = _weight((32, 1, 3, 3))
     weight *= unstructured_mask(np.abs(weight), 0.4)
     assert find_pattern(weight, groups=32).kind == "unstructured"
-
-
-def test_filter_mask_is_found():
-    weight = _weight((32, 16, 3, 3))
-    assert find_pattern(weight * filter_mask(np.abs(weight), 0.5)).dead_filters == 16
 
 
 def test_wrong_shapes_are_refused():
