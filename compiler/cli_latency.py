@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -26,23 +26,29 @@ from topiarist.compiler.cli_output import (
     say,
 )
 from topiarist.compiler.cli_tune import parse_duration
-from topiarist.errors import CostModelError
+from topiarist.compiler.output_file import check_output
 from topiarist.targets import registry
 
 if TYPE_CHECKING:
     from topiarist.compiler.collect import CollectStep
-    from topiarist.tuning_logs.cost_model import Dataset
+    from topiarist.compiler.latency import Logs
     from topiarist.tuning_logs.evaluate import Evaluation, Scores
 
 app = typer.Typer(no_args_is_help=True, help="The latency model: what a layer would take.")
 
-Logs = Annotated[
+LogFiles = Annotated[
     list[Path], typer.Argument(metavar="LOG...", help="Tuning logs, or folders of them.")
 ]
 Threads = Annotated[int, typer.Option(min=1, help="Threads that bundles will run with.")]
 ModelFile = Annotated[
     Path | None,
     typer.Option("--model", "-m", metavar="FILE", help="The latency model. Default: the user's."),
+]
+OnlyTarget = Annotated[
+    str | None, typer.Option("--target", metavar="T", help="Only records of its instructions.")
+]
+OnlyThreads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Only records of so many threads.")
 ]
 LAYER_FEATURES = 8
 
@@ -79,14 +85,18 @@ def collect_records(
 
     require_measurable(spec)
     logs = open_logs(log, spec, shipped=False)
-    with _collecting(budget_s, shown=not as_json) as progress, Worker(threads) as worker:
-        report = collect(
-            *(models or [], spec, logs, worker),
-            budget_s=budget_s,
-            threads=threads,
-            seed=seed,
-            progress=progress,
-        )
+    try:
+        with _collecting(budget_s, shown=not as_json) as progress, Worker(threads) as worker:
+            report = collect(
+                *(models or [], spec, logs, worker),
+                budget_s=budget_s,
+                threads=threads,
+                seed=seed,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        complain(f"what was measured is in {logs.own.path}")
+        raise
     if as_json:
         print_json({"log": str(logs.own.path), **asdict(report)})
         return
@@ -98,8 +108,9 @@ def collect_records(
 
 @contextmanager
 def _collecting(budget_s: float, shown: bool) -> Iterator[Any]:
-    """A bar over the time that is left."""
-    console = Console(stderr=True, quiet=not shown)
+    """A bar over the time, where somebody watches a terminal."""
+    console = Console(stderr=True)
+    console.quiet = not shown or not console.is_terminal
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("start", total=budget_s)
@@ -118,7 +129,7 @@ def _collecting(budget_s: float, shown: bool) -> Iterator[Any]:
 @app.command("train")
 @command
 def train(
-    logs: Logs,
+    logs: LogFiles,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="The model, a .json file. Default: the user's."),
@@ -126,6 +137,8 @@ def train(
     check: Annotated[
         bool, typer.Option(help="Measure its errors first, by holding records out.")
     ] = True,
+    target: OnlyTarget = None,
+    threads: OnlyThreads = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -137,32 +150,38 @@ def train(
     from topiarist.compiler.latency import card_of, default_model, evaluations
     from topiarist.tuning_logs.cost_model import LatencyModel
 
-    data, groups = _read(logs)
+    if output is not None:
+        check_output(output)
+    found = _read(logs, target, threads)
+    data, groups = found.data, found.groups
     errors = evaluations(data, groups) if check else {}
     model = LatencyModel.train(data, card_of(data, groups, errors))
-    path = output or default_model(model.covers.target.family)
+    path = output or default_model(model.covers.target)
     path.parent.mkdir(parents=True, exist_ok=True)
     model.save(path)
     if as_json:
         print_json({"model": str(path), "card": model.card})
         return
-    _print_errors(errors)
+    if errors:
+        _print_errors(errors)
+    elif check:
+        say("too few records to hold any out: the model's errors are unknown")
     say(f"wrote {path}: {len(data)} records of {model.covers.target}")
 
 
 @app.command("eval")
 @command
 def evaluate(
-    logs: Logs,
+    logs: LogFiles,
     model: ModelFile = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compare a trained model with records that it was not trained on."""
+    """Compare a trained model with records of its target that it was not trained on."""
     from topiarist.compiler.latency import evaluate_unseen, open_model
 
-    found = open_model(model, None)
-    data, _ = _read(logs)
+    data = _read(logs, None, None).data
+    found = open_model(model, data.inputs[0].target)
     errors = {"records not trained on": evaluate_unseen(found, data)}
     if as_json:
         print_json(_errors_json(errors))
@@ -180,7 +199,7 @@ def predict(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Predict what each layer of a network takes, dense and sparse; nothing is timed."""
+    """Predict what each layer of a network takes, dense and sparse; no layer is timed."""
     from topiarist.compiler.latency import predict_network
 
     spec = registry.get(target)
@@ -217,13 +236,16 @@ def explain(
     debug: Debug = False,
 ) -> None:
     """Show a model's card; with --network, what moves each layer's prediction most."""
+    spec = registry.get(target)
+    if network is None and layer is not None:
+        raise ValueError("--layer takes the name of a layer of --network MODEL.onnx")
     from topiarist.compiler.latency import explain_network, open_model
+    from topiarist.compiler.recorded import Device
 
     if network is None:
-        card = open_model(model, registry.get(target).family).card
-        print_json(card)
+        print_json(open_model(model, Device.here(spec, threads).key).card)
         return
-    found = explain_network(network, registry.get(target), threads, model, layer, LAYER_FEATURES)
+    found = explain_network(network, spec, threads, model, layer, LAYER_FEATURES)
     if as_json:
         print_json(found)
         return
@@ -232,16 +254,15 @@ def explain(
         say(f"{name}: {listed}")
 
 
-def _read(paths: Sequence[Path]) -> tuple[Dataset, Any]:
-    """The records of logs, and each one's log; lines that can't be read are named."""
+def _read(paths: Sequence[Path], target: str | None, threads: int | None) -> Logs:
+    """The records of logs; what was left out is named."""
+    spec = None if target is None else registry.get(target)
     from topiarist.compiler.latency import read_logs
 
-    data, groups, defects = read_logs(paths)
-    for defect in defects:
-        complain(f"note: skipped {defect}")
-    if not len(data):
-        raise CostModelError("the logs have no usable record; `topiarist model collect` measures")
-    return data, groups
+    found = read_logs(paths, spec, threads)
+    for note in found.notes:
+        complain(f"note: {note}")
+    return found
 
 
 def _errors_json(errors: dict[str, dict[Any, Evaluation]]) -> dict[str, Any]:
@@ -281,6 +302,6 @@ def _row(label: str, predictor: str, scores: Scores) -> list[object]:
         label,
         predictor,
         scores.records,
-        *("-" if np.isnan(v) else f"{v:.1%}" for v in ratios),
-        *("-" if np.isnan(v) else f"{v:.3f}" for v in ranks),
+        *("-" if math.isnan(v) else percent(v) for v in ratios),
+        *("-" if math.isnan(v) else f"{v:.3f}" for v in ranks),
     ]

@@ -33,7 +33,7 @@ from topiarist.compiler.graph import Conv, Graph, Linear
 from topiarist.compiler.invent import Geometry, Random, chain, with_zeros
 from topiarist.compiler.lower import lower
 from topiarist.compiler.parts import Parts
-from topiarist.compiler.recorded import Device, Recorded
+from topiarist.compiler.recorded import Device, is_current
 from topiarist.compiler.runtime import pinned
 from topiarist.compiler.simplify import simplify
 from topiarist.compiler.trial import Trial
@@ -41,7 +41,7 @@ from topiarist.compiler.tune import BATCH, Clock, candidates, record_of
 from topiarist.compiler.worker import Layer, Measurer, Steady, Variant
 from topiarist.schedules.kernel import ConvSite
 from topiarist.targets.spec import TargetSpec
-from topiarist.tuning_logs.cost_model import Dataset, LatencyModel
+from topiarist.tuning_logs.cost_model import Dataset, LatencyModel, is_usable
 from topiarist.tuning_logs.record import MeasureInput, TuningRecord
 from topiarist.tuning_logs.sources import TuningLogs
 
@@ -98,8 +98,12 @@ def collect(
     """
     start = clock()
     graphs = [simplify(extract_layers(import_model(model))) for model in models]
-    recorded = Recorded(logs, Device.here(target, threads), adds=True)
-    known = [record for record in logs.read() if record.input.target == recorded.device.key]
+    device = Device.here(target, threads)
+    known = [
+        record
+        for record in logs.read()
+        if record.input.target == device.key and is_current(record.input)
+    ]
     random = np.random.default_rng((seed, len(known)))
     guide, steady = _Guide(known), Steady(measurer)
     draws = count = 0
@@ -107,7 +111,7 @@ def collect(
         if draws % RETRAIN_EVERY == 0:
             guide.train()
         graph = graphs[draws % len(graphs)] if graphs else chain(random, guide.wrong)
-        draw = _Draw(graph, Parts(target, threads), recorded, random, guide)
+        draw = _Draw(graph, Parts(target, threads), device, random, guide)
         in_network = (draws + 1) % IN_NETWORK == 0
         for records in draw.in_network() if in_network else draw.alone(steady):
             logs.append(records)
@@ -137,12 +141,13 @@ class _Guide:
 
     def train(self) -> None:
         """Train on all records, if they are enough."""
-        if len(self.records) >= LEAST_TO_TRAIN:
-            self.model = LatencyModel.train(Dataset.of(self.records))
+        data = Dataset.of(self.records)
+        if len(data) >= LEAST_TO_TRAIN:
+            self.model = LatencyModel.train(data)
 
     def learn(self, records: Sequence[TuningRecord]) -> None:
         """Add records, and see where the model was wrong."""
-        records = [record for record in records if record.status == "ok"]
+        records = [record for record in records if is_usable(record)]
         self.records += records
         if self.model is None or not records:
             return
@@ -181,11 +186,11 @@ class _Draw:
     """A network in one of its layouts, and the kernels that were tried there."""
 
     def __init__(
-        self, graph: Graph, parts: Parts, recorded: Recorded, random: Random, guide: _Guide
+        self, graph: Graph, parts: Parts, device: Device, random: Random, guide: _Guide
     ) -> None:
         self.graph = graph
         self.parts = parts
-        self.recorded = recorded
+        self.device = device
         self.random = random
         self.guide = guide
         layouts = layout_plans(graph, parts.target.lanes)
@@ -210,8 +215,9 @@ class _Draw:
 
     def in_network(self) -> Iterator[list[TuningRecord]]:
         """The network with new zeros, several kernels a layer, every call timed."""
+        names = [node.name for node in self.graph.nodes if isinstance(node, Conv | Linear)]
         for _ in range(REDRAWS):
-            yield list(self._in_network(with_zeros(self.graph, self.random, self.convs)))
+            yield list(self._in_network(with_zeros(self.graph, self.random, names)))
             self.parts.forget_constants()
 
     def _site(self, node: Conv, graph: Graph) -> ConvSite:
@@ -230,10 +236,7 @@ class _Draw:
             if isinstance(node, Linear):
                 shape = linear_shape(node, graph.values[node.inputs[0]].shape[0])
                 choices[node.name] = [
-                    (
-                        Candidate(kernel, None, 0.0),
-                        self.recorded.device.what_linear(node, shape, kernel),
-                    )
+                    (Candidate(kernel, None, 0.0), self.device.what_linear(node, shape, kernel))
                     for kernel in LINEAR_KERNELS
                 ]
         variants = [
@@ -251,7 +254,7 @@ class _Draw:
         for program, variant, seconds in zip(programs, variants, times, strict=True):
             for call, taken in zip(program.calls, seconds, strict=True):
                 known = variant.get(call.layer)
-                what = self.recorded.device.what_call(call) if known is None else known[1]
+                what = self.device.what_call(call) if known is None else known[1]
                 found.setdefault(what.key, (what, []))[1].append(float(taken))
         for what, taken in found.values():
             yield TuningRecord(what, tuple(taken), "in network")
@@ -264,7 +267,7 @@ class _Draw:
             variants = candidates(name, site, MAX_ERROR)
             variants.sort(key=lambda v: v.kernel.estimate_us(site, v.config))
             del variants[SHORTLIST:]
-        whats = [self.recorded.device.what_conv(site, v.kernel, v.config) for v in variants]
+        whats = [self.device.what_conv(site, v.kernel, v.config) for v in variants]
         ranked = self.guide.ranked(whats)
         picks: list[int] = []
         for sparse in (False, True):

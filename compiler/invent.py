@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from topiarist.compiler.graph import Activation, Conv, FloatArray, Graph, Node, Value
+from topiarist.compiler.graph import Activation, Conv, FloatArray, Graph, Linear, Node, Value
 from topiarist.pruning.masks import block_mask, unstructured_mask
 from topiarist.pruning.saliency import magnitude
 
@@ -32,7 +32,7 @@ DEPTHWISE_SHARE = 0.08
 HARD_SHARE = 0.5  # of the layers, where some are known that a model gets wrong
 NEARBY = 0.25  # standard deviation of the logarithm of channels
 TRIES = 50
-RESIDUAL_SHARE = 0.3  # where an earlier value has the shape
+RESIDUAL_SHARE = 0.3  # of the layers, where there is an earlier value of their size to add
 ACTIVATION_SHARE = 0.7
 
 
@@ -87,7 +87,7 @@ class Geometry:
 
 
 def chain(random: Random, hard: Sequence[Geometry] = ()) -> Graph:
-    """Convolutions one after the other, some like those in `hard`; no weight is zero."""
+    """Convolutions one after the other, some like those in `hard`; all weights are there."""
     wanted = [one.near(random) for one in hard if random.random() < HARD_SHARE]
     order = [wanted[i] for i in random.permutation(len(wanted))]
     builder = _Chain(random, order[0].side if order else int(random.choice(SIDES)))
@@ -118,25 +118,33 @@ class _Chain:
         for _ in range(TRIES):
             kernel = int(self.random.choice(list(KERNELS), p=list(KERNELS.values())))
             strided = self.side > SIDES[0] and self.random.random() < STRIDED_SHARE
-            out, groups = _channels(self.random), 1
+            stride = 2 if strided else 1
+            out, groups = self._out_channels(stride), 1
             if kernel > 1 and self.random.random() < DEPTHWISE_SHARE:
                 out = groups = self.channels
-            stride = 2 if strided else 1
             found = Geometry(self.side, self.channels, out, kernel, stride, groups)
             if found.reasonable:
                 break
         return found
 
+    def _out_channels(self, stride: int) -> int:
+        """Any number, or that of an earlier value that then can be added."""
+        side = math.ceil(self.side / stride)
+        earlier = [v.shape[1] for v in [*self.values.values()][:-1] if v.shape[2] == side]
+        if earlier and self.random.random() < RESIDUAL_SHARE:
+            return int(self.random.choice(earlier))
+        return _channels(self.random)
+
     def add(self, layer: Geometry) -> None:
-        """Append a layer, with a residual where one fits, sometimes."""
+        """Append a layer, with a residual where one fits."""
         name, before = f"conv{len(self.nodes)}", self.nodes[-1].output if self.nodes else "x"
         side, out = layer.out_side, layer.out_channels
         shape = (out, layer.in_channels // layer.groups, layer.kernel, layer.kernel)
         total = max((layer.out_side - 1) * layer.stride + layer.kernel - layer.side, 0)
         inputs = [before]
-        fitting = [v.name for v in self.values.values() if v.shape[1:] == (out, side, side)]
-        if fitting and self.random.random() < RESIDUAL_SHARE and fitting[-1] != before:
-            inputs.append(fitting[-1])
+        same = (1, out, side, side)
+        fitting = [v.name for v in self.values.values() if v.shape == same and v.name != before]
+        inputs += fitting[-1:]
         self.nodes.append(
             Conv(
                 name=name,
@@ -158,10 +166,12 @@ def with_zeros(graph: Graph, random: Random, names: Collection[str]) -> Graph:
     """The graph with new weights in the named layers, of random density and pattern for each."""
     nodes: list[Node] = []
     for node in graph.nodes:
-        if isinstance(node, Conv) and node.name in names:
-            nodes.append(replace(node, weight=_some_zeros(node.weight.shape, node.groups, random)))
-        else:
-            nodes.append(node)
+        if node.name in names and isinstance(node, Conv):
+            node = replace(node, weight=_some_zeros(node.weight.shape, node.groups, random))
+        elif node.name in names and isinstance(node, Linear):
+            weight = _some_zeros((*node.weight.shape, 1, 1), 1, random)
+            node = replace(node, weight=weight[:, :, 0, 0])
+        nodes.append(node)
     return replace(graph, nodes=tuple(nodes))
 
 

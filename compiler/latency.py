@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
-from topiarist.compiler.graph import Conv, Graph
+from topiarist.compiler.graph import Conv, Graph, Linear
 from topiarist.compiler.prices import (
     SPARSE_KERNELS,
     Analytic,
@@ -21,22 +21,22 @@ from topiarist.compiler.prices import (
     Pricer,
     open_prices,
 )
-from topiarist.compiler.recorded import Device
+from topiarist.compiler.recorded import Device, is_current
 from topiarist.compiler.roofline import with_roofline
 from topiarist.compiler.runtime import versions
 from topiarist.compiler.simplify import simplify
-from topiarist.errors import CostModelError
+from topiarist.errors import CostModelError, MissingRecordsError, ModelError
 from topiarist.targets.detect import runs_here
 from topiarist.targets.spec import TargetSpec
-from topiarist.tuning_logs.cost_model import Dataset, LatencyModel
+from topiarist.tuning_logs.cost_model import LEAST, Dataset, LatencyModel, is_usable
 from topiarist.tuning_logs.evaluate import (
+    FOLDS,
     Evaluation,
     cross_validated,
     evaluate_model,
     leave_one_out,
 )
-from topiarist.tuning_logs.lines import Defect
-from topiarist.tuning_logs.record import Measured, now
+from topiarist.tuning_logs.record import Measured, TargetKey, TuningRecord, now
 from topiarist.tuning_logs.roofline import Roofline
 from topiarist.tuning_logs.sources import is_folder, logs_in, user_folder
 from topiarist.tuning_logs.store import TuningLog
@@ -46,45 +46,110 @@ MODEL_FILE = "latency.json"
 Evaluations = dict[str, dict[Measured, Evaluation]]
 
 
-def default_model(family: str, folder: Path | None = None) -> Path:
-    """Where the user's model for a target family is."""
-    return (user_folder() if folder is None else folder) / f"{family}-{MODEL_FILE}"
+def default_model(target: TargetKey, folder: Path | None = None) -> Path:
+    """Where the user's model for a target's instructions and number of threads is."""
+    name = f"{target.family}-{target.isa}-{target.threads}-{MODEL_FILE}"
+    return (user_folder() if folder is None else folder) / name
 
 
-def open_model(path: Path | None, family: str | None) -> LatencyModel:
-    """A model file, the user's for that family unless one is named. Raises CostModelError."""
-    return LatencyModel.load(default_model(family or "x86") if path is None else path)
+def open_model(path: Path | None, target: TargetKey) -> LatencyModel:
+    """A model file, the user's for that target unless one is named. Raises CostModelError."""
+    return LatencyModel.load(default_model(target) if path is None else path)
 
 
-def read_logs(paths: Iterable[Path]) -> tuple[Dataset, NDArray[np.str_], list[Defect]]:
-    """The usable records of logs, the name of each one's log, and the lines that were skipped.
+@dataclass(frozen=True)
+class Logs:
+    """The usable records of logs, the name of each one's log, and what was left out."""
 
-    Folders stand for the logs in them. Raises TuningLogError, CostModelError for a path that is
-    not there.
+    data: Dataset
+    groups: NDArray[np.str_]
+    notes: tuple[str, ...]
+
+
+def read_logs(
+    paths: Iterable[Path], target: TargetSpec | None = None, threads: int | None = None
+) -> Logs:
+    """What logs have to learn from: of all targets, or of one's instructions and threads only.
+
+    Folders stand for the logs in them. What several logs have belongs to the first. Raises
+    TuningLogError, MissingRecordsError for a path that is not there or logs without a usable
+    record.
     """
-    parts, names, defects = [], [], []
+    files = list(_files(paths))
+    records: list[TuningRecord] = []
+    names: dict[tuple[str, Measured], str] = {}
+    notes: list[str] = []
+    old = 0
+    for file, name in zip(files, _names(files), strict=True):
+        log = TuningLog(file)
+        for record in log.read():
+            if is_usable(record) and _is_of(record.input.target, target, threads):
+                if is_current(record.input):
+                    records.append(record)
+                    names.setdefault((record.input.key, record.measured), name)
+                else:
+                    old += 1
+        notes += [f"skipped {defect}" for defect in log.defects]
+    if old:
+        notes.append(f"left out {old} records of other versions of TVM or of kernels")
+    data = Dataset.of(records)
+    if not len(data):
+        raise MissingRecordsError(
+            "; ".join(["the logs have no usable record", *notes])
+            + ". `topiarist model collect` measures them"
+        )
+    places: dict[bool, Measured] = {False: "alone", True: "in network"}
+    groups = [
+        names[what.key, places[bool(in_network)]]
+        for what, in_network in zip(data.inputs, data.in_network, strict=True)
+    ]
+    return Logs(data, np.array(groups, np.str_), tuple(notes))
+
+
+def _files(paths: Iterable[Path]) -> Iterator[Path]:
     for path in paths:
         if not path.exists():
-            raise CostModelError(f"there is no tuning log {path}")
-        for file in logs_in(path) if is_folder(path) else [path]:
-            log = TuningLog(file)
-            data = Dataset.of(log.read())
-            parts.append(data)
-            names += [file.stem] * len(data)
-            defects += log.defects
-    return Dataset.joined(parts), np.array(names, np.str_), defects
+            raise MissingRecordsError(f"there is no tuning log {path}")
+        yield from logs_in(path) if is_folder(path) else [path]
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """The logs' names, with their folders where two have one name."""
+    stems = [file.stem for file in files]
+    return [
+        str(file) if stems.count(stem) > 1 else stem
+        for file, stem in zip(files, stems, strict=True)
+    ]
+
+
+def _is_of(key: TargetKey, target: TargetSpec | None, threads: int | None) -> bool:
+    wanted = None if target is None else (target.family, target.isa, target.lanes)
+    same = wanted in (None, (key.family, key.isa, key.lanes))
+    return same and threads in (None, key.threads)
 
 
 def evaluations(data: Dataset, groups: NDArray[np.str_]) -> Evaluations:
-    """The errors on records held out: a random part, then each log, if there are several."""
-    found: Evaluations = {"a fifth": cross_validated(data, SPARSE_KERNELS)}
+    """The errors on records held out: a random part, then each log, if there are several.
+
+    Nothing is held out where too little would be left to learn from.
+    """
+    found: Evaluations = {}
+    if len(data) - len(data) // FOLDS >= LEAST:
+        found["a fifth"] = cross_validated(data, SPARSE_KERNELS)
     if len({*groups.tolist()}) > 1:
         found |= dict(leave_one_out(data, groups, SPARSE_KERNELS))
     return found
 
 
 def evaluate_unseen(model: LatencyModel, data: Dataset) -> dict[Measured, Evaluation]:
-    """The errors on the records that the model was not trained on; the others give baselines."""
+    """The errors on the records that the model was not trained on; the others give baselines.
+
+    Records of other targets are left out. Raises CostModelError if none is left.
+    """
+    ours = np.array([what.target == model.covers.target for what in data.inputs], np.bool_)
+    if not ours.any():
+        model.covers.check_target(data.inputs[0].target)
+    data = data.where(ours)
     seen = model.has_seen(data)
     if seen.all():
         raise CostModelError(
@@ -130,7 +195,7 @@ def open_source(
     Raises CostModelError if a named model covers another target, or none of these will do.
     """
     key = (device or Device.here(target, threads)).key
-    file = default_model(target.family) if path is None else path
+    file = default_model(key) if path is None else path
     if path is not None or file.exists():
         model = LatencyModel.load(file)
         if model.covers.target == key:
@@ -210,11 +275,15 @@ def explain_network(
     layer: str | None,
     count: int,
 ) -> dict[str, list[tuple[str, float]]]:
-    """For each layer the features that move its prediction most, with their factors."""
-    found = open_model(latency_model, target.family)
-    prices = open_prices(_graph(model), target, threads, Learned(found))[0]
-    if layer is not None and layer not in prices.layers:
-        raise CostModelError(f"no layer is called {layer}; `topiarist inspect` lists them")
+    """For each layer the features that move its prediction most, with their factors.
+
+    Raises ModelError for an unknown layer, CostModelError.
+    """
+    found, graph = open_model(latency_model, Device.here(target, threads).key), _graph(model)
+    known = [node.name for node in graph.nodes if isinstance(node, Conv | Linear)]
+    if layer is not None and layer not in known:
+        raise ModelError(f"no layer is called {layer}; `topiarist inspect` lists them")
+    prices = open_prices(graph, target, threads, Learned(found))[0]
     names = [layer] if layer is not None else list(prices.layers)
     return {name: found.contributions(prices.price(name).what, count) for name in names}
 

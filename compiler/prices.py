@@ -23,12 +23,14 @@ from topiarist.compiler.parts import ANY_SPARSITY, Parts
 from topiarist.compiler.recorded import Device, strip
 from topiarist.compiler.tune import candidates_of
 from topiarist.compiler.worker import Variant
+from topiarist.schedules.cpu.kernels import MAX_SPARSE_DENSITY
 from topiarist.schedules.cpu.linear import LinearShape
 from topiarist.schedules.kernel import ConvSite
 from topiarist.schedules.kernels import CONV_KERNELS
 from topiarist.schedules.workload import ConvWorkload, SparsitySignature, signature
 from topiarist.targets.spec import TargetSpec
-from topiarist.tuning_logs.cost_model import Floats, LatencyModel
+from topiarist.tuning_logs.boosters import Floats
+from topiarist.tuning_logs.cost_model import LatencyModel
 from topiarist.tuning_logs.record import MeasureInput
 from topiarist.tuning_logs.roofline import Roofline
 
@@ -194,6 +196,7 @@ class Prices:
             self.device.what_linear(node, self._shape(node), kernel)
             for kernel in LINEAR_KERNELS
             if (kernel in SPARSE_KERNELS) == (sparsity is not None)
+            and (sparsity is None or sparsity.density <= MAX_SPARSE_DENSITY)
         ]
         return [
             replace(w, workload={**w.workload, "sparsity": {**w.sparsity, **density}})

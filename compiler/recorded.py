@@ -96,6 +96,14 @@ class Device:
         )
 
 
+def is_current(what: MeasureInput) -> bool:
+    """Whether today's kernels and TVM would still take the same time."""
+    tvm = "apache-tvm"
+    known = {kernel.name: kernel.version for kernel in CONV_KERNELS}
+    same_code = known.get(what.kernel, UNIT_VERSION) == what.kernel_version
+    return same_code and what.versions[tvm] == versions()[tvm]
+
+
 @dataclass(frozen=True)
 class Known:
     """A candidate that a log has a time of."""

@@ -10,7 +10,6 @@ the prediction, for those who have to keep a promise.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,20 +19,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topiarist.errors import CostModelError
+from topiarist.tuning_logs import boosters
 from topiarist.tuning_logs import features as feature_set
+from topiarist.tuning_logs.boosters import Booster, Floats, Rows
 from topiarist.tuning_logs.features import Features, columns_of, features, table
 from topiarist.tuning_logs.record import Measured, MeasureInput, TargetKey, TuningRecord
 
-Floats = NDArray[np.float64]
-
 FORMAT = "topiarist latency model"
+_AGAIN = "train it again (`topiarist model train`)"
+_TO_JSON = json.JSONEncoder(separators=(",", ":"), sort_keys=True, allow_nan=False)
 SCHEMA = 1
 UPPER = 0.9  # the quantile of the third regression
 LEAST = 100  # records to train from
 FOLDS = 3
 ID_DIGITS = 10  # of a key: two of a million records share them once in a while
 _CYCLES = "log_cycles"
-_COMMON = {"tree_method": "hist", "seed": 0, "subsample": 0.8, "nthread": 1}
+_NO_KERNELS = ("network", "metaschedule")  # records of whole networks, and TVM's own schedules
+_COMMON = {"tree_method": "hist", "seed": 0, "subsample": 0.8}
 _ALONE = _COMMON | {
     "objective": "reg:squarederror",
     "max_depth": 7,
@@ -55,6 +57,7 @@ _UPPER = _COMMON | {
     "eta": 0.1,
     "min_child_weight": 20,
 }
+_GEOMETRY = ("in_channels", "height", "width", "out_channels", "kernel", "strides", "groups")
 ROUNDS = {"alone": 400, "in network": 80, "upper": 40}
 
 
@@ -69,13 +72,13 @@ class Dataset:
 
     @staticmethod
     def of(records: Iterable[TuningRecord]) -> Dataset:
-        """The records of single kernels that have a valid time and were not disturbed.
+        """The records of our kernels that have a valid time and were not disturbed.
 
         Of repeated measurements the median counts.
         """
         found: dict[tuple[str, Measured], tuple[MeasureInput, list[float]]] = {}
         for record in records:
-            if record.status == "ok" and not record.disturbed and record.input.kernel != "network":
+            if is_usable(record):
                 key = record.input.key, record.measured
                 found.setdefault(key, (record.input, []))[1].append(record.run_us)
         return Dataset(
@@ -117,11 +120,17 @@ class Dataset:
         )
 
 
+def is_usable(record: TuningRecord) -> bool:
+    """Whether a record is of one of our kernels and has a time that can be believed."""
+    ours = record.input.kernel not in _NO_KERNELS
+    return ours and record.status == "ok" and not record.disturbed
+
+
 def layer_of(what: MeasureInput) -> str:
     """A layer's geometry as text: what candidates share that differ in zeros, kernel and layout."""
-    names = ("in_channels", "height", "width", "out_channels", "kernel", "strides", "groups")
     w = what.workload
-    return json.dumps([w.get(name) for name in names] if "in_channels" in w else dict(w))
+    names = _GEOMETRY if "in_channels" in w else sorted(w.keys() - {"sparsity", "activation"})
+    return json.dumps([(name, w.get(name)) for name in names])
 
 
 class LatencyModel:
@@ -130,7 +139,7 @@ class LatencyModel:
     def __init__(
         self,
         columns: Sequence[str],
-        boosters: Mapping[str, Any],
+        trained: Mapping[str, Booster],
         covers: Covers,
         card: Mapping[str, Any],
         seen: Iterable[str] = (),
@@ -139,22 +148,22 @@ class LatencyModel:
         self.covers = covers
         self.card = dict(card)
         self.seen = frozenset(seen)
-        self._boosters = dict(boosters)
+        self._boosters = dict(trained)
 
     @staticmethod
     def train(data: Dataset, card: Mapping[str, Any] | None = None) -> LatencyModel:
         """Learn from records. Raises CostModelError if they are too few or of several targets."""
-        covers = Covers.of(data.inputs)
         if len(data) < LEAST:
             raise CostModelError(
                 f"{len(data)} usable records are too few to learn from, {LEAST} are the least and "
                 "thousands are needed for a good model: `topiarist model collect` measures them"
             )
+        covers = Covers.of(data.inputs)
         columns = columns_of(data.rows)
         matrix = table(data.rows, columns)
-        boosters = _fit(matrix, columns, data)
-        boosters["upper"] = _fit_upper(matrix, columns, data)
-        return LatencyModel(columns, boosters, covers, card or {}, data.ids)
+        trained = _fit(matrix, columns, data)
+        trained["upper"] = _fit_upper(matrix, columns, data)
+        return LatencyModel(columns, trained, covers, card or {}, data.ids)
 
     def has_seen(self, data: Dataset) -> NDArray[np.bool_]:
         """Which of the candidates the model was trained on."""
@@ -173,9 +182,10 @@ class LatencyModel:
         """As `predict_us`, and what each takes at most in nine of ten cases, in microseconds."""
         rows = self._rows(inputs)
         expected = self.predict_rows_us(rows, measured)
-        return expected, expected * np.exp(self._predict("upper", rows))
+        places = _with_place(rows, np.full(len(rows), measured == "in network"))
+        return expected, expected * np.exp(self._predict("upper", places))
 
-    def predict_rows_us(self, rows: NDArray[np.float32], measured: Measured) -> Floats:
+    def predict_rows_us(self, rows: Rows, measured: Measured) -> Floats:
         """As `predict_us`, of rows of `columns`."""
         found = rows[:, self.columns.index(_CYCLES)].astype(np.float64)
         found += self._predict("alone", rows)
@@ -185,32 +195,21 @@ class LatencyModel:
 
     def contributions(self, what: MeasureInput, count: int) -> list[tuple[str, float]]:
         """The features that move the prediction most, with the factor of each."""
-        import xgboost
-
-        data = xgboost.DMatrix(self._rows([what]))
-        shares = self._boosters["alone"].predict(data, pred_contribs=True)[0][:-1]
+        shares = boosters.contributions(self._boosters["alone"], self._rows([what]))
         order = np.argsort(-np.abs(shares), kind="stable")[:count]
-        return [(self.columns[i], math.exp(float(shares[i]))) for i in order]
+        return [(self.columns[i], float(np.exp(shares[i]))) for i in order]
 
-    def _rows(self, inputs: Sequence[MeasureInput]) -> NDArray[np.float32]:
+    def _rows(self, inputs: Sequence[MeasureInput]) -> Rows:
         for what in inputs:
             self.covers.check(what)
         return table([features(what) for what in inputs], self.columns)
 
-    def _predict(self, name: str, rows: NDArray[np.float32]) -> Floats:
+    def _predict(self, name: str, rows: Rows) -> Floats:
         booster = self._boosters.get(name)
-        if booster is None or not len(rows):
-            return np.zeros(len(rows))
-        import xgboost
-
-        return np.asarray(booster.predict(xgboost.DMatrix(rows)), np.float64)
+        return np.zeros(len(rows)) if booster is None else boosters.predict(booster, rows)
 
     def save(self, path: Path) -> None:
         """Write one JSON file. Raises OSError."""
-        boosters = {
-            name: json.loads(bytes(booster.save_raw("json")))
-            for name, booster in self._boosters.items()
-        }
         document = {
             "format": FORMAT,
             "schema": SCHEMA,
@@ -218,12 +217,12 @@ class LatencyModel:
             "columns": self.columns,
             "covers": self.covers.to_json(),
             "card": self.card,
-            "boosters": boosters,
+            "boosters": {name: boosters.to_json(one) for name, one in self._boosters.items()},
             "seen": sorted(self.seen),
         }
         part = path.with_name(f".{path.name}.part")
         try:
-            part.write_text(json.dumps(document, separators=(",", ":"), sort_keys=True) + "\n")
+            part.write_text(_TO_JSON.encode(document) + "\n")
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
@@ -232,28 +231,42 @@ class LatencyModel:
     def load(path: Path) -> LatencyModel:
         """Read what `save` wrote. Raises CostModelError saying what is wrong with it."""
         try:
-            document = json.loads(path.read_text())
+            document = json.loads(path.read_bytes())
         except FileNotFoundError as error:
-            raise CostModelError(f"there is no latency model {path}") from error
-        except (OSError, ValueError) as error:
-            raise CostModelError(f"{path} is no latency model: {error}") from error
+            raise CostModelError(
+                f"there is no latency model {path}; `topiarist model train` makes one"
+            ) from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise CostModelError(f"{path} is no latency model, or a torn one: {error}") from error
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise CostModelError(f"{path} is no latency model")
-        if document.get("schema") != SCHEMA or document.get("features") != feature_set.VERSION:
+        if (document.get("schema"), document.get("features")) != (SCHEMA, feature_set.VERSION):
             raise CostModelError(
-                f"{path} was made by another version of topiarist, for other features: train it "
-                "again (`topiarist model train`)"
+                f"{path} was made by another version of topiarist, for other features; {_AGAIN}"
             )
         try:
-            boosters = {name: _booster(value) for name, value in document["boosters"].items()}
-            columns = [str(name) for name in document["columns"]]
-            covers = Covers.from_json(document["covers"])
-            if "alone" not in boosters or _CYCLES not in columns:
-                raise ValueError("it lacks a part")
-            seen = map(str, document["seen"])
-            return LatencyModel(columns, boosters, covers, dict(document["card"]), seen)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CostModelError(f"{path} is a broken latency model: {error}") from error
+            return _from_json(document)
+        except KeyError as error:
+            raise CostModelError(f"{path} is broken, it lacks {error}; {_AGAIN}") from error
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise CostModelError(f"{path} is broken, {error}; {_AGAIN}") from error
+
+
+def _from_json(document: dict[str, Any]) -> LatencyModel:
+    """The inverse of `LatencyModel.save`. Raises KeyError, TypeError, ValueError and others."""
+    columns = [str(name) for name in document["columns"]]
+    if _CYCLES not in columns or len({*columns}) < len(columns):
+        raise ValueError("its features make no sense")
+    places = len(columns) + 1
+    features_of = {"alone": len(columns), "in network": len(columns), "upper": places}
+    trained = {
+        name: boosters.from_json(value, features_of[name])
+        for name, value in document["boosters"].items()
+    }
+    if not {"alone", "upper"} <= trained.keys():
+        raise ValueError("it lacks a regression")
+    covers, card = Covers.from_json(document["covers"]), document["card"]
+    return LatencyModel(columns, trained, covers, dict(card), map(str, document["seen"]))
 
 
 @dataclass(frozen=True)
@@ -266,30 +279,38 @@ class Covers:
 
     @staticmethod
     def of(inputs: Sequence[MeasureInput]) -> Covers:
-        """What records have in common. Raises CostModelError if it isn't one target and TVM."""
-        targets = sorted({what.target_key for what in inputs})
-        tvms = sorted({what.versions["apache-tvm"] for what in inputs})
+        """What records, at least one, have in common. Raises CostModelError if that isn't all."""
+        targets = {what.target_key for what in inputs}
+        tvms = {what.versions["apache-tvm"] for what in inputs}
         kernels = {(what.kernel, what.kernel_version) for what in inputs}
-        if len(targets) != 1 or len(tvms) != 1 or len(dict(kernels)) != len(kernels):
+        names = [name for name, _ in kernels]
+        several = {f"{name} {number}" for name, number in kernels if names.count(name) > 1}
+        mixed = [
+            f"{what} {', '.join(sorted(found))}"
+            for what, found in (("targets", targets), ("TVM", tvms), ("kernels", several))
+            if len(found) > 1
+        ]
+        if mixed:
             raise CostModelError(
                 "a model learns from one target, one TVM and one version of each kernel; these "
-                f"records have {len(targets)} target(s) ({'; '.join(targets)}), TVM "
-                f"{', '.join(tvms)} and kernels "
-                + ", ".join(f"{name} {version}" for name, version in sorted(kernels))
+                f"records are of the {'; '.join(mixed)}. Give logs of one, or choose "
+                "(`topiarist model train --target T --threads N`)"
             )
-        return Covers(inputs[0].target, tvms[0], dict(kernels))
+        return Covers(inputs[0].target, inputs[0].versions["apache-tvm"], dict(kernels))
 
     def check(self, what: MeasureInput) -> None:
         """Raises CostModelError if a candidate is for something else."""
         self.check_target(what.target)
         tvm = what.versions["apache-tvm"]
         if tvm != self.tvm:
-            raise CostModelError(f"the latency model is for TVM {self.tvm}, not for {tvm}")
+            raise CostModelError(
+                f"the latency model is for TVM {self.tvm}, not for {tvm}: {_AGAIN}"
+            )
         known = self.kernels.get(what.kernel)
         if known is not None and known != what.kernel_version:
             raise CostModelError(
                 f"the latency model knows version {known} of {what.kernel}, not version "
-                f"{what.kernel_version}: train it again"
+                f"{what.kernel_version}: {_AGAIN}"
             )
 
     def check_target(self, target: TargetKey) -> None:
@@ -311,7 +332,7 @@ class Covers:
         return Covers(TargetKey(**values["target"]), str(values["tvm"]), kernels)
 
 
-def _fit(matrix: NDArray[np.float32], columns: Sequence[str], data: Dataset) -> dict[str, Any]:
+def _fit(matrix: Rows, columns: Sequence[str], data: Dataset) -> dict[str, Booster]:
     """The regressions of the time alone and of what a network adds.
 
     Where nothing was timed alone, the first learns from times in networks.
@@ -319,24 +340,22 @@ def _fit(matrix: NDArray[np.float32], columns: Sequence[str], data: Dataset) -> 
     scale = matrix[:, columns.index(_CYCLES)].astype(np.float64)
     labels = np.log(data.run_us) - scale
     alone = ~data.in_network if not data.in_network.all() else data.in_network
-    boosters = {"alone": _train("alone", _ALONE, matrix[alone], labels[alone])}
-    if not alone.all():
-        import xgboost
+    alone_booster = boosters.fit(_ALONE, matrix[alone], labels[alone], ROUNDS["alone"])
+    if alone.all():
+        return {"alone": alone_booster}
+    rest = matrix[~alone]
+    added = labels[~alone] - boosters.predict(alone_booster, rest)
+    in_network = boosters.fit(_IN_NETWORK, rest, added, ROUNDS["in network"])
+    return {"alone": alone_booster, "in network": in_network}
 
-        rest = matrix[~alone]
-        base = np.asarray(boosters["alone"].predict(xgboost.DMatrix(rest)), np.float64)
-        boosters["in network"] = _train("in network", _IN_NETWORK, rest, labels[~alone] - base)
-    return boosters
 
-
-def _fit_upper(matrix: NDArray[np.float32], columns: Sequence[str], data: Dataset) -> Any:
+def _fit_upper(matrix: Rows, columns: Sequence[str], data: Dataset) -> Booster:
     """How far times exceed predictions by models that have not seen the layer."""
-    layers = {layer: i for i, layer in enumerate(sorted({layer_of(what) for what in data.inputs}))}
-    fold = np.array([layers[layer_of(what)] % FOLDS for what in data.inputs])
-    errors = np.zeros(len(data))
+    fold = _folds(data)
+    errors = np.full(len(data), np.nan)
     for k in range(FOLDS):
         test = fold == k
-        if not test.any() or test.all() or len(data) - test.sum() < LEAST // 2:
+        if not test.any() or len(data) - test.sum() < LEAST // 2:
             continue
         seen = data.where(~test)
         part = LatencyModel(columns, _fit(matrix[~test], columns, seen), Covers.of(seen.inputs), {})
@@ -344,25 +363,17 @@ def _fit_upper(matrix: NDArray[np.float32], columns: Sequence[str], data: Datase
             at = test & (data.in_network == in_network)
             measured: Measured = "in network" if in_network else "alone"
             errors[at] = np.log(data.run_us[at] / part.predict_rows_us(matrix[at], measured))
-    return _train("upper", _UPPER, matrix, errors)
+    known = ~np.isnan(errors)
+    rows = _with_place(matrix, data.in_network)[known]
+    return boosters.fit(_UPPER, rows, errors[known], ROUNDS["upper"])
 
 
-def _train(
-    name: str, settings: Mapping[str, Any], rows: NDArray[np.float32], labels: Floats
-) -> Any:
-    import xgboost
-
-    start = {"base_score": float(np.mean(labels))}
-    data = xgboost.DMatrix(rows, label=labels)
-    return xgboost.train({**settings, **start}, data, num_boost_round=ROUNDS[name])
+def _folds(data: Dataset) -> NDArray[np.int_]:
+    """Parts that share no layer; where there are too few layers, any parts."""
+    _, layers = np.unique([layer_of(what) for what in data.inputs], return_inverse=True)
+    return (layers if layers.max() >= FOLDS - 1 else np.arange(len(data))) % FOLDS
 
 
-def _booster(document: Any) -> Any:
-    import xgboost
-
-    booster = xgboost.Booster()
-    try:
-        booster.load_model(bytearray(json.dumps(document).encode()))
-    except xgboost.core.XGBoostError as error:
-        raise ValueError(str(error).splitlines()[0]) from error
-    return booster
+def _with_place(rows: Rows, in_network: NDArray[np.bool_]) -> Rows:
+    """With a column more: how far times scatter depends on where they were taken."""
+    return np.column_stack([rows, in_network.astype(np.float32)])

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from scipy.spatial import KDTree
 from scipy.stats import kendalltau, spearmanr
 
-from topiarist.tuning_logs.cost_model import Dataset, Floats, LatencyModel, layer_of
+from topiarist.tuning_logs.boosters import Floats
+from topiarist.tuning_logs.cost_model import LEAST, Dataset, LatencyModel, layer_of
 from topiarist.tuning_logs.features import columns_of, table
 from topiarist.tuning_logs.record import Measured
+from topiarist.tuning_logs.roofline import LayerWork
 
 WITHIN = 0.1
 TOP = 8
@@ -30,9 +32,9 @@ Predict = Callable[[Dataset], Floats]  # microseconds of each candidate
 
 @dataclass(frozen=True)
 class Scores:
-    """Errors relative to the measured time; `pairwise`: pairs in the right order.
+    """Errors relative to the measured time; `pairwise`: share of pairs in the right order.
 
-    NaN where there is nothing to compare.
+    Pairs of one prediction count half. NaN where there is nothing to compare.
     """
 
     records: int
@@ -48,14 +50,14 @@ class Scores:
         if not len(measured):
             return Scores(0, *[math.nan] * 5)
         errors = np.abs(predicted / measured - 1)
-        ranks = len(measured) > 1
+        ranks = len({*predicted.tolist()}) > 1 and len({*measured.tolist()}) > 1
         return Scores(
             records=len(measured),
             mape=float(errors.mean()),
             median=float(np.median(errors)),
             within_10=float((errors <= WITHIN).mean()),
             spearman=float(spearmanr(predicted, measured)[0]) if ranks else math.nan,
-            pairwise=float(kendalltau(predicted, measured)[0] + 1) / 2 if ranks else math.nan,
+            pairwise=_in_order(predicted, measured) if ranks else math.nan,
         )
 
 
@@ -88,8 +90,13 @@ class Evaluation:
     covered: float
 
     def to_json(self) -> dict[str, object]:
-        """As plain JSON values."""
-        return asdict(self)
+        """As plain JSON values, null for NaN."""
+        return {
+            name: {key: _or_none(number) for key, number in value.items()}
+            if isinstance(value, dict)
+            else _or_none(value)
+            for name, value in asdict(self).items()
+        }
 
 
 def evaluate(train: Dataset, test: Dataset, sparse: frozenset[str]) -> dict[Measured, Evaluation]:
@@ -111,7 +118,7 @@ def evaluate_model(
 def cross_validated(
     data: Dataset, sparse: frozenset[str], seed: int = 0
 ) -> dict[Measured, Evaluation]:
-    """In the distribution: a random fifth of the records is held out."""
+    """In the distribution: a random fifth of the records is held out. Raises CostModelError."""
     order = np.random.default_rng(seed).permutation(len(data))
     held_out = np.zeros(len(data), np.bool_)
     held_out[order[: len(data) // FOLDS]] = True
@@ -123,13 +130,15 @@ def leave_one_out(
 ) -> Iterator[tuple[str, dict[Measured, Evaluation]]]:
     """For each group, a network's records, train on the others without any layer of that group.
 
-    Layers are alike if they have the same geometry, whatever their zeros and wherever measured.
+    Layers are alike if they have the same geometry, whatever their zeros and wherever measured. A
+    group is skipped where too few records are left to learn from.
     """
     layers = np.array([layer_of(what) for what in data.inputs])
     for name in sorted({*groups.tolist()}):
         test = groups == name
         others = ~test & ~np.isin(layers, np.unique(layers[test]))
-        yield name, evaluate(data.where(others), data.where(test), sparse)
+        if others.sum() >= LEAST:
+            yield name, evaluate(data.where(others), data.where(test), sparse)
 
 
 def _evaluations(
@@ -155,10 +164,16 @@ def _evaluations(
 
 
 def flop_baseline(train: Dataset) -> Predict:
-    """A constant time per multiply-add on nonzeros, the typical one."""
+    """A constant time per multiply-add on nonzeros, the typical one, whatever the kernel."""
 
     def work(data: Dataset) -> Floats:
-        return np.array([row.get("log_nonzero_macs", row["log_cycles"]) for row in data.rows])
+        layers = [LayerWork.of(what) for what in data.inputs]
+        return np.array(
+            [
+                row["log_cycles"] if layer is None else math.log(max(layer.nonzero_flops, 1.0))
+                for row, layer in zip(data.rows, layers, strict=True)
+            ]
+        )
 
     if not len(train):
         return lambda data: np.full(len(data), math.nan)
@@ -180,6 +195,25 @@ def nearest_baseline(train: Dataset) -> Predict:
     scale[scale == 0] = 1.0
     tree = KDTree(known / scale)
     return lambda data: train.run_us[tree.query(points(data) / scale)[1]]
+
+
+def _in_order(predicted: Floats, measured: Floats) -> float:
+    """The share of pairs of different times that are predicted in that order.
+
+    From Kendall's tau-b, whose scale counts pairs that are tied on either side.
+    """
+
+    def pairs(counts: NDArray[np.int_]) -> float:
+        return float((counts * (counts - 1.0)).sum() / 2)
+
+    every = len(measured) * (len(measured) - 1) / 2
+    untied = [every - pairs(np.unique(x, return_counts=True)[1]) for x in (predicted, measured)]
+    surplus = kendalltau(predicted, measured)[0] * math.sqrt(untied[0] * untied[1])
+    return float(surplus / untied[1] + 1) / 2
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def decisions(data: Dataset, predicted: Floats, sparse: frozenset[str]) -> Decisions:

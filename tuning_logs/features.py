@@ -17,10 +17,18 @@ from numpy.typing import NDArray
 from topiarist.tuning_logs.record import MeasureInput
 
 Features = Mapping[str, float]
-VERSION = 1  # of the features: raised when a name or its meaning changes
+VERSION = 2  # of the features: raised when a name or its meaning changes
 
-_SPARSE = ("direct_sparse", "block_sparse", "block8_sparse")
+_SKIP_ZEROS = frozenset({"direct_sparse", "block_sparse", "block8_sparse", "sparse_linear"})
 _ALIKE = {"block4x1": 4, "block8x1": 8}  # output channels that share their zeros
+_TILED = tuple(
+    [f"config.{name}" for name in ("rows", "cols")]
+    + [f"workload.{name}.{i}" for name in ("kernel", "strides", "dilation") for i in (0, 1)]
+)
+_WINOGRAD = tuple(
+    f"config.{name}" for name in ("rows", "cols", "tiles", "block_tiles", "out_block")
+)
+_LARGEST = float(np.finfo(np.float32).max)
 
 _LAYOUT = re.compile(
     r"lanes\((?P<height>\d+)x(?P<width>\d+)@(?P<sy>\d+)x(?P<sx>\d+):(?P<rows>\d+)x(?P<cols>\d+) "
@@ -30,9 +38,14 @@ _LAYOUT = re.compile(
 
 
 def features(what: MeasureInput) -> dict[str, float]:
-    """The numbers of a candidate, by name; counts of work are logarithms."""
+    """The numbers of a candidate, by name; counts of work are logarithms.
+
+    Kernels that skip no zeros take the same time whatever the zeros are, so those are left out.
+    """
     found = {f"kernel={what.kernel}": 1.0, "kernel_version": float(what.kernel_version)}
-    found |= _numbers("workload", what.workload)
+    skips = what.kernel in _SKIP_ZEROS
+    workload = {k: v for k, v in what.workload.items() if skips or k != "sparsity"}
+    found |= _numbers("workload", workload)
     found |= _numbers("config", what.config)
     for place, text in (("input", what.input_layout), ("output", what.output_layout)):
         found |= _layout(place, text)
@@ -44,9 +57,10 @@ def features(what: MeasureInput) -> dict[str, float]:
 
 
 def table(rows: Sequence[Features], columns: Sequence[str]) -> NDArray[np.float32]:
-    """[rows, columns], NaN where a row has no such number."""
+    """[rows, columns], NaN where a row has no such number; all others are finite."""
     values = [[row.get(name, math.nan) for name in columns] for row in rows]
-    return np.array(values, np.float32).reshape(len(rows), len(columns))
+    wide = np.array(values, np.float64).reshape(len(rows), len(columns))
+    return np.clip(wide, -_LARGEST, _LARGEST).astype(np.float32)
 
 
 def columns_of(rows: Sequence[Features]) -> list[str]:
@@ -105,16 +119,16 @@ def cycles(counts: Mapping[str, float]) -> float:
 
 
 def _counts(n: Features) -> dict[str, float]:
-    """Counts of one call, from the numbers of a candidate."""
+    """Counts of one call, from the numbers of a candidate; rough ones if some are missing."""
     get = n.get
     if "workload.read_bytes" in n:  # a pool, a move, a sum
-        return {"bytes_moved": n["workload.read_bytes"] + n["workload.written_bytes"]}
+        return {"bytes_moved": n["workload.read_bytes"] + get("workload.written_bytes", 0.0)}
     lanes, batch = n["lanes"], get("workload.batch", 1.0)
-    groups = get("workload.groups", 1.0)
+    groups = max(get("workload.groups", 1.0), 1.0)
     inputs = get("workload.in_channels", get("workload.inputs", 1.0))
     outputs = get("workload.out_channels", get("workload.outputs", 1.0))
     taps = get("workload.kernel.0", 1.0) * get("workload.kernel.1", 1.0)
-    density = get("workload.sparsity.density", get("workload.density", 1.0))
+    density = _density(n)
     pixels = get("output.height", 1.0) * get("output.width", 1.0)
     vectors = get("output.rows", 1.0) * get("output.cols", 1.0)
     stored = get("input.rows", 1.0) * get("input.cols", 1.0)
@@ -129,9 +143,9 @@ def _counts(n: Features) -> dict[str, float]:
         "values_written": batch * outputs * vectors * lanes,
         "bytes_moved": 4 * batch * lanes * (inputs * stored + outputs * vectors),
     }
-    if get("kernel=winograd_dense"):
+    if get("kernel=winograd_dense") and _positive(n, _WINOGRAD):
         return found | _winograd_counts(n, inputs, outputs, vectors * batch)
-    if "config.rows" in n:
+    if _positive(n, _TILED):
         return found | _tiled_counts(n, inputs / groups, outputs, taps, vectors * batch)
     streamed = weights * density * 6 if get("kernel=sparse_linear") else weights * 4
     return found | {"fmas": weights * density / lanes, "weight_bytes_streamed": streamed}
@@ -143,13 +157,13 @@ def _tiled_counts(
     """The direct kernels: tiles of vectors in registers, blocks of input and output channels."""
     get = n.get
     tile = n["config.rows"] * n["config.cols"]
-    block = get("config.out_block", 1.0)
-    in_block = min(get("config.in_block", inputs), inputs)
-    in_blocks = math.ceil(inputs / in_block)
+    block = max(get("config.out_block", 1.0), 1.0)
+    in_block = max(min(get("config.in_block", inputs), inputs), 1.0)
+    in_blocks = -(-inputs // in_block)
     tiles = vectors / tile
-    sparse = any(get(f"kernel={name}") for name in _SPARSE)
+    sparse = "workload.sparsity.density" in n
     alike = next((b for p, b in _ALIKE.items() if get(f"workload.sparsity.pattern={p}")), 1)
-    density = get("workload.sparsity.density", 1.0) if sparse else 1.0
+    density = _density(n)
     union = 1 - (1 - density) ** max(1.0, block / alike)
     rows = outputs / block
     columns = tiles * rows * inputs * taps * union
@@ -162,7 +176,7 @@ def _tiled_counts(
         "fmas": columns * tile * block,
         "visits": visits,
         "visit_vectors": visits * tile * block,
-        "columns_per_visit": 16 * columns / visits,
+        "columns_per_visit": 16 * columns / max(visits, 1.0),
         "tile_vectors": tile,
         "registers": tile * block + tile,
         "block_bytes": in_block * channel,
@@ -194,6 +208,16 @@ def _winograd_counts(
         "weight_bytes": frequencies * inputs * outputs * 4,
         "weight_bytes_streamed": blocks * frequencies * inputs * outputs * 4,
     }
+
+
+def _positive(n: Features, names: Sequence[str]) -> bool:
+    """Whether all of these are there and make sense: a log can be edited by hand."""
+    return all(n.get(name, 0.0) > 0 for name in names)
+
+
+def _density(n: Features) -> float:
+    """The share of weights that the kernel multiplies by."""
+    return min(max(n.get("workload.sparsity.density", 1.0), 0.0), 1.0)
 
 
 def _span(n: Features, axis: int) -> float:

@@ -37,6 +37,11 @@ class LayerWork:
     weight_bytes: float
     density: float
 
+    @property
+    def nonzero_flops(self) -> float:
+        """The FLOPs that zeros leave."""
+        return self.density * self.flops
+
     @staticmethod
     def of(what: MeasureInput) -> LayerWork | None:
         """That of a recorded convolution or fully connected layer, None for other work."""
@@ -54,12 +59,8 @@ class LayerWork:
             outputs = w["out_channels"] * out_height * out_width
             pixels = out_height * out_width
         elif w.get("kind") == "linear":
-            weights, inputs, outputs, pixels = (
-                w["inputs"] * w["outputs"],
-                w["inputs"],
-                w["outputs"],
-                1,
-            )
+            inputs, outputs, pixels = w["inputs"], w["outputs"], 1
+            weights = inputs * outputs
         else:
             return None
         batch = w["batch"]
@@ -111,12 +112,21 @@ class Roofline:
         return min(1.0, work.activation_bytes / self.bandwidth_gbs / (flops_ns - weight_ns))
 
     def run_us(self, what: MeasureInput, *, sparse: bool) -> float:
-        """Microseconds of a candidate; of other work, what moving its bytes takes."""
+        """Microseconds of a candidate; of other work, what moving its bytes takes.
+
+        A dense fully connected layer, which the paper has not, uses each weight once an image: it
+        waits for memory as a sparse one does.
+        """
         work = LayerWork.of(what)
-        if work is not None:
-            return self.sparse_us(work) if sparse else self.dense_us(work)
-        moved = what.workload.get("read_bytes", 0) + what.workload.get("written_bytes", 0)
-        return max(float(moved), 1.0) / self.bandwidth_gbs / 1e3
+        if work is None:
+            moved = what.workload.get("read_bytes", 0) + what.workload.get("written_bytes", 0)
+            return max(float(moved), 1.0) / self.bandwidth_gbs / 1e3
+        if sparse:
+            return self.sparse_us(work)
+        if "in_channels" in what.workload:
+            return self.dense_us(work)
+        moved_bytes = work.activation_bytes + work.weight_bytes
+        return max(self.dense_us(work), moved_bytes / self.bandwidth_gbs / 1e3)
 
     def to_json(self) -> dict[str, float]:
         """The constants as plain JSON values."""

@@ -42,7 +42,7 @@ def steady_machine() -> Iterator[None]:
     """No batch counts as disturbed: a tuner would measure it again another time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("topiarist.tuning_logs.record.DRIFT_LIMIT", math.inf)
-        patch.setattr("topiarist.compiler.tune.DRIFT_LIMIT", math.inf)
+        patch.setattr("topiarist.compiler.worker.DRIFT_LIMIT", math.inf)
         yield
 
 

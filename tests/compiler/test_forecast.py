@@ -28,7 +28,8 @@ from topiarist.compiler.simplify import simplify
 from topiarist.errors import BundleError, CostModelError
 from topiarist.pruning.one_shot import prune_model
 from topiarist.targets import registry
-from topiarist.tuning_logs.cost_model import Dataset, Floats, LatencyModel
+from topiarist.tuning_logs.boosters import Floats
+from topiarist.tuning_logs.cost_model import Dataset, LatencyModel
 from topiarist.tuning_logs.features import features
 from topiarist.tuning_logs.record import MeasureInput
 

@@ -9,17 +9,30 @@ import numpy as np
 import pytest
 
 from tests.models import Net
+from topiarist.compiler.choose import conv_views
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
-from topiarist.compiler.graph import Graph
-from topiarist.compiler.prices import SPARSE_KERNELS, Prices, all_prices
+from topiarist.compiler.graph import Conv, Graph
+from topiarist.compiler.prices import (
+    SHORTLIST,
+    SPARSE_KERNELS,
+    Analytic,
+    Prices,
+    all_prices,
+    open_prices,
+    shortlist,
+)
 from topiarist.compiler.recorded import Device
 from topiarist.compiler.simplify import simplify
+from topiarist.compiler.tune import candidates
 from topiarist.pruning.one_shot import prune_model
+from topiarist.schedules.kernels import CONV_KERNELS
 from topiarist.schedules.workload import SparsitySignature
 from topiarist.targets import registry
-from topiarist.tuning_logs.cost_model import Floats
+from topiarist.tuning_logs import features
+from topiarist.tuning_logs.boosters import Floats
 from topiarist.tuning_logs.record import MeasureInput
+from topiarist.tuning_logs.roofline import LayerWork, Roofline
 
 TWENTIETH = SparsitySignature(0.05, "unstructured", (5, 14, 23))
 
@@ -101,3 +114,99 @@ def test_the_best_kernel_decides(prices: Prices) -> None:
 def test_the_sum_is_of_layers_with_their_zeros(prices: Prices) -> None:
     assert prices.total_us == pytest.approx(sum(prices.price(n).run_us for n in prices.layers))
     assert prices.price("one") != prices.price("one", TWENTIETH)
+
+
+FORMULA = Roofline(dense_gflops=100.0, bandwidth_gbs=10.0, alpha=2.5)
+
+
+class Formula:
+    """The analytic model, noting what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[MeasureInput] = []
+
+    def prices_us(self, whats: Sequence[MeasureInput]) -> tuple[Floats, Floats]:
+        self.asked += whats
+        return Analytic(FORMULA).prices_us(whats)
+
+
+def zeros(density: float, pattern: str = "unstructured") -> SparsitySignature:
+    n = round(288 * density)
+    return SparsitySignature(density, pattern, (n // 2, n, n * 2))
+
+
+@pytest.fixture
+def formula() -> Formula:
+    return Formula()
+
+
+@pytest.fixture
+def priced(graph: Graph, formula: Formula) -> Prices:
+    return open_prices(graph, registry.get("host"), 1, formula)[0]
+
+
+def test_the_cheapest_layouts_come_first(graph: Graph, formula: Formula) -> None:
+    found = open_prices(graph, registry.get("host"), 1, formula)
+    totals = [one.total_us for one in found]
+    assert len(found) > 1 and totals == sorted(totals)
+    total = sum(found[0].price(name).run_us for name in found[0].layers)
+    assert totals[0] == pytest.approx(total)
+
+
+@pytest.mark.parametrize("layer", ["one", "three", "fc"])
+def test_zeros_never_cost(priced: Prices, layer: str) -> None:
+    """However many: the dense kernels are the same, and the best of all counts."""
+    dense = priced.price(layer, zeros(1.0, "dense"))
+    assert dense.sparse_us is None and dense.run_us == dense.dense_us
+    before = dense.run_us
+    for density in (0.9, 0.7, 0.5, 0.3, 0.1, 0.03):
+        price = priced.price(layer, zeros(density))
+        assert price.dense_us == dense.dense_us
+        assert price.run_us == min(price.dense_us, price.sparse_us or np.inf)
+        assert price.run_us <= before and price.upper_us >= price.run_us
+        assert (price.kernel in SPARSE_KERNELS) == (price.run_us < price.dense_us)
+        before = price.run_us
+    assert before < dense.run_us
+
+
+def test_the_analytic_price_is_that_of_the_formula(priced: Prices) -> None:
+    price = priced.price("one", zeros(0.1))
+    work = LayerWork.of(price.what)
+    assert work is not None and work.density == 0.1
+    assert price.run_us == FORMULA.sparse_us(work)
+    assert price.dense_us == FORMULA.dense_us(work)
+
+
+def test_a_pattern_that_a_kernel_is_made_for_is_offered_to_it(
+    priced: Prices, formula: Formula
+) -> None:
+    formula.asked.clear()
+    priced.price("one", zeros(0.1, "block4x1"))
+    assert "block_sparse" in {what.kernel for what in formula.asked}
+    formula.asked.clear()
+    priced.price("one", zeros(1.0, "dense"))
+    assert not {what.kernel for what in formula.asked} & SPARSE_KERNELS
+
+
+def test_the_shortlist_has_the_best_of_each_kernel(priced: Prices) -> None:
+    (node, *_) = (n for n in priced.graph.nodes if isinstance(n, Conv))
+    site = priced.parts.site(priced.workloads[node.name], conv_views(node, priced.layouts))
+    variants = candidates("one", site, 1e-4)
+    found = shortlist(variants, site)
+    for kernel in {variant.kernel.name for variant in variants}:
+        times = sorted(
+            v.kernel.estimate_us(site, v.config) for v in variants if v.kernel.name == kernel
+        )
+        listed = [v.kernel.estimate_us(site, v.config) for v in found if v.kernel.name == kernel]
+        assert listed == times[:SHORTLIST]
+
+
+def test_as_json(priced: Prices) -> None:
+    document = priced.price("one", zeros(0.1)).to_json()
+    assert {*document} == {"kernel", "run_us", "upper_us", "dense_us", "sparse_us"}
+
+
+def test_features_know_which_kernels_skip_zeros() -> None:
+    """The features can't ask the kernels, whose import would bring TVM."""
+    assert features._SKIP_ZEROS == SPARSE_KERNELS
+    assert {k.name for k in CONV_KERNELS if not k.sparse}.isdisjoint(features._SKIP_ZEROS)

@@ -240,7 +240,7 @@ def test_a_disturbed_batch_is_repeated_and_then_marked(model: Path, tmp_path: Pa
     measurer = Invented(by_size, reference=(3, 5, 6))
     tuner = make_tuner(model, log, measurer, TuneOptions(trials=24), budget=6.0)
     tuner.run()
-    assert tuner.disturbed == 3
+    assert tuner.steady.disturbed == 3
     marked = [record for record in TuningLog(log).read() if record.disturbed]
     assert len(marked) == BATCH  # of batches 5 and 6; 4 was a success
     again = make_tuner(model, log, Invented(by_size), TuneOptions(trials=24))

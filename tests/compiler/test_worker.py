@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from tests.compiler import bad_kernels
 from tests.schedules.kernel_contract import CASES, ConvCase, make_problem
-from topiarist.compiler.worker import FEW_ROUNDS, ROUNDS, Batch, Layer, Limits, Variant, Worker
+from topiarist.compiler.worker import (
+    FEW_ROUNDS,
+    ROUNDS,
+    Batch,
+    Layer,
+    Limits,
+    Outcome,
+    Steady,
+    Variant,
+    Worker,
+    _Bench,
+)
 from topiarist.errors import BuildError
 from topiarist.schedules.cpu.kernels import DirectDense, DirectSparse
 from topiarist.schedules.kernel import ConvSite
@@ -96,6 +108,48 @@ def test_data_that_does_not_fit_is_an_error_of_ours() -> None:
     broken = replace(layer, weight=np.zeros((1, 2, 3, 4), np.float32))
     with Worker(1, LIMITS) as worker, pytest.raises(BuildError, match="measures kernels failed"):
         worker.measure(broken, variants_of(layer, DirectDense()))
+
+
+class Silent:
+    """A connection that nobody listens at."""
+
+    def send(self, message: object) -> None:
+        pass
+
+
+def test_machine_code_is_kept_for_other_zeros_only() -> None:
+    """And its results are checked against those of the new zeros."""
+    layer = layer_of(CASES["density_0.3"])
+    other = replace(layer.site.workload.sparsity, density=0.15)
+    workload = replace(layer.site.workload, sparsity=other)
+    weight = layer.weight * (np.random.default_rng(0).random(layer.weight.shape) < 0.5)
+    redrawn = Layer(
+        replace(layer.site, workload=workload), weight.astype(np.float32), layer.bias + 1
+    )
+    bench = _Bench(cast(Any, Silent()), 1)
+    outcomes, parts = [], []
+    for each in (layer, redrawn, layer_of(CASES["pointwise"])):
+        outcomes += bench.measure(each, variants_of(each, DirectDense(), DirectSparse())).outcomes
+        parts.append(bench.parts)
+    assert [outcome.status for outcome in outcomes] == ["ok"] * 6
+    assert parts[0] is parts[1] is not parts[2]
+
+
+def test_batches_are_repeated_while_the_machine_is_disturbed() -> None:
+    class Invented:
+        def __init__(self, *references: float) -> None:
+            self.references = list(references)
+
+        def measure(self, layer: Layer, variants: Sequence[Variant]) -> Batch:
+            reference = self.references.pop(0)
+            return Batch((Outcome((reference,)),), (reference,) if reference else ())
+
+    steady = Steady(Invented(1.0, 1.2, 1.0, 1.3, 1.3, 0))
+    layer = layer_of(CASES["pointwise"])
+    found = [steady.measure(layer, []) for _ in range(4)]
+    assert [drift for _, drift in found] == [1.0, 1.0, 1.3, None]
+    assert [outcomes[0].seconds for outcomes, _ in found] == [(1.0,), (1.0,), (1.3,), (0,)]
+    assert steady.disturbed == 3
 
 
 def test_nothing_to_measure() -> None:
