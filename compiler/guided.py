@@ -54,7 +54,7 @@ TOLERANCE = 0.03  # of the latency asked for
 ROUNDS = 5  # of compiling and timing, at most
 BENCH_S = 4.0
 ROUNDING = 1e-9
-LIKELY = (0.5, 2.0)  # what one layer's correction may be
+LIKELY = (0.1, 20.0)  # what one layer's correction may be
 
 Progress = Callable[[str, int, int], None]
 
