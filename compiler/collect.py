@@ -48,7 +48,7 @@ from topiarist.tuning_logs.sources import TuningLogs
 SITES = 6  # layers of a draw that are timed alone
 REDRAWS = 8  # of a layer's zeros, for the same machine code: making that takes most of the time
 TRIED = 12  # candidates of a layer that get machine code in a draw, about
-IN_NETWORK = 3  # of every so many draws one is timed as a network
+IN_NETWORK = 0.4  # share of the records that come from networks
 PROGRAMS = 4  # that run in turn then, each with another kernel per layer
 SHORTLIST = 64  # candidates by estimate, among which the model says what is promising
 PROMISING = 0.12  # chance that the search for a kernel ends at the next best one
@@ -112,8 +112,7 @@ def collect(
             guide.train()
         graph = graphs[draws % len(graphs)] if graphs else chain(random, guide.wrong)
         draw = _Draw(graph, Parts(target, threads), device, random, guide)
-        in_network = (draws + 1) % IN_NETWORK == 0
-        for records in draw.in_network() if in_network else draw.alone(steady):
+        for records in draw.in_network() if guide.lacks_networks else draw.alone(steady):
             logs.append(records)
             guide.learn(records)
             count += len(records)
@@ -138,6 +137,12 @@ class _Guide:
     def wrong(self) -> list[Geometry]:
         """The layers that the model got wrong lately."""
         return list(self._wrong)
+
+    @property
+    def lacks_networks(self) -> bool:
+        """Whether records from networks are few."""
+        count = sum(record.measured == "in network" for record in self.records)
+        return count < IN_NETWORK * len(self.records)
 
     def train(self) -> None:
         """Train on all records, if they are enough."""
