@@ -34,6 +34,7 @@ _FAMILY = {
 }
 FULLY_CONNECTED = "fully connected"
 LONGEST = 20  # characters of a short name
+COMPARABLE = 0.9  # of the time
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,15 @@ def rows_of(
             )
         )
     return rows
+
+
+def comparable(rows: Sequence[Row]) -> bool:
+    """Whether most of the time is of layers with a dense time beside their own.
+
+    A bundle from a log has finalists only, and of most pruned layers no dense one is among them.
+    """
+    both = sum(row.us or 0.0 for row in rows if row.own_us and row.dense_us)
+    return both >= COMPARABLE * sum(row.us or 0.0 for row in rows) > 0
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:

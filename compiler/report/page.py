@@ -19,7 +19,7 @@ from topiarist.compiler.manifest import Manifest
 from topiarist.compiler.output_file import check_output, write_file
 from topiarist.compiler.report import pictures, texts
 from topiarist.compiler.report.inputs import Predictions, Sweep, check_dense, read_bench
-from topiarist.compiler.report.layers import FAMILIES, Row, rows_of
+from topiarist.compiler.report.layers import FAMILIES, Row, comparable, rows_of
 from topiarist.compiler.report.outlook import outlook
 
 DISTURBED = 1.15  # the whole network over the sum of its parts, from which on one was disturbed
@@ -198,9 +198,9 @@ def _against_dense(
         took = f"{texts.time_text(theirs)} against {texts.time_text(ours)}"
         how = f"{took}: {'all parts' if others else 'layers'} added up, not timed in turns"
         return Figure("Against its dense build", f"{theirs / ours:.2f}×", how)
-    both = [(row.dense_us, row.own_us) for row in rows if row.dense_us and row.own_us]
-    if not both:
+    if not comparable(rows):
         return None
+    both = [(row.dense_us, row.own_us) for row in rows if row.dense_us and row.own_us]
     ratio = sum(a or 0 for a, _ in both) / sum(b or 0 for _, b in both)
     how = _compared(manifest, by_build=False)
     return Figure("Against dense kernels", f"{ratio:.2f}×", f"its layers added up, {how}")

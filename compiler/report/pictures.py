@@ -17,7 +17,7 @@ from topiarist.compiler.report.charts import (
     place_labels,
 )
 from topiarist.compiler.report.inputs import Curve, Sweep, SweepPoint
-from topiarist.compiler.report.layers import FAMILIES, REST, Row
+from topiarist.compiler.report.layers import FAMILIES, REST, Row, comparable
 from topiarist.compiler.report.texts import axis_share, axis_time, share_text, time_text
 
 LABELLED = 8.0  # percent of the width, from which on a segment carries its name
@@ -147,9 +147,9 @@ def half(bars: Sequence[Bar]) -> int:
 
 
 def dot_chart(rows: Sequence[Row]) -> DotChart | None:
-    """Dense against what was chosen; None where no layer has both times."""
+    """Dense against what was chosen; None where too few layers have both times."""
     both = [(row, row.own_us, row.dense_us) for row in rows if row.own_us and row.dense_us]
-    if not both:
+    if not comparable(rows):
         return None
     axis = log_axis([us for _, own, dense in both for us in (own or 1, dense or 1)], axis_time)
     dots = tuple(

@@ -28,7 +28,7 @@ from topiarist.compiler.report.inputs import (
     read_sweep,
     write_sweep,
 )
-from topiarist.compiler.report.layers import knobs_text, rows_of, short_names
+from topiarist.compiler.report.layers import comparable, knobs_text, rows_of, short_names
 from topiarist.compiler.report.outlook import Stay, outlook
 from topiarist.compiler.report.page import Details, report_page, write_report
 from topiarist.compiler.report.plots import write_sweep_plot
@@ -615,3 +615,16 @@ def test_in_a_browser(tmp_path: Path) -> None:
     assert 'aria-sort="descending"' in by_time and 'aria-sort="' not in plain.split("</style>")[1]
     assert 'class="scripted"' in plain
     assert opened.count("<details open") == 1 and "<details open" not in plain
+
+
+def test_few_layers_with_dense_times_are_not_the_whole() -> None:
+    """A bundle from a log of finalists: most pruned layers have no dense time beside theirs."""
+    both = dataclasses.replace(
+        layer("a"),
+        run_us=10.0,
+        kernel="direct_sparse",
+        candidates=(("direct_sparse 1x2x1/8", 10.0), ("direct_dense 1x2x4/8", 30.0)),
+    )
+    finalist = dataclasses.replace(both, layer="b", candidates=both.candidates[:1])
+    assert comparable(rows_of([both]))
+    assert not comparable(rows_of([both, finalist]))
