@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -117,16 +117,29 @@ def images_of(calib: Path, model: onnx.ModelProto) -> Images:
     return check_images(model, {"x": np.load(calib)["x"]})
 
 
-def invented_pruner(
+MakePruner = Callable[..., GuidedPruner]
+
+
+@pytest.fixture
+def make_pruner(
+    database: Database, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> MakePruner:
+    """`make_pruner(machine, even=False)`: on the invented machine, nothing is compiled."""
+
+    def make(machine: InventedMachine, even: bool = False) -> GuidedPruner:
+        return _pruner(machine, database, calib, tmp_path, monkeypatch, even)
+
+    return make
+
+
+def _pruner(
     machine: InventedMachine,
     database: Database,
     calib: Path,
     folder: Path,
     patch: pytest.MonkeyPatch,
-    *,
-    even: bool = False,
+    even: bool,
 ) -> GuidedPruner:
-    """A pruner on the invented machine: nothing is compiled."""
     manifests: dict[Path, _Manifest] = {}
 
     def compile_model(model: Path, *, output: Path, dense: bool = False, **_: Any) -> None:
@@ -152,15 +165,10 @@ def invented_pruner(
 
 @pytest.mark.parametrize("speedup", [1.3, 1.8, 2.2])
 def test_the_measured_latency_is_the_one_asked_for(
-    speedup: float,
-    model: Path,
-    database: Database,
-    calib: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    speedup: float, model: Path, make_pruner: MakePruner
 ) -> None:
     machine = InventedMachine(model, {"first": 1.5, "second": 0.8})
-    pruner = invented_pruner(machine, database, calib, tmp_path, monkeypatch)
+    pruner = make_pruner(machine)
     assert pruner.dense_us == pytest.approx(5 * 80 + 20)
     found = pruner.prune(Goal(speedup=speedup))
     assert found.reached
@@ -174,28 +182,18 @@ def test_the_measured_latency_is_the_one_asked_for(
     assert np.count_nonzero(weights["fc"]) == weights["fc"].size
 
 
-def test_a_goal_in_milliseconds(
-    model: Path,
-    database: Database,
-    calib: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_goal_in_milliseconds(model: Path, make_pruner: MakePruner) -> None:
     machine = InventedMachine(model, {})
-    pruner = invented_pruner(machine, database, calib, tmp_path, monkeypatch)
+    pruner = make_pruner(machine)
     assert pruner.prune(Goal(latency_ms=0.3)).run_us == pytest.approx(300, rel=guided.TOLERANCE)
 
 
 def test_a_layer_that_zeros_make_no_faster_stays_dense(
-    model: Path,
-    database: Database,
-    calib: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    model: Path, make_pruner: MakePruner
 ) -> None:
     """Prices promise a gain for "second" that the first round shows to be none."""
     machine = InventedMachine(model, {"second": 100.0})
-    pruner = invented_pruner(machine, database, calib, tmp_path, monkeypatch)
+    pruner = make_pruner(machine)
     found = pruner.prune(Goal(speedup=1.4))
     assert found.reached
     assert len(found.rounds) > 1
@@ -204,14 +202,10 @@ def test_a_layer_that_zeros_make_no_faster_stays_dense(
 
 
 def test_what_is_out_of_reach_is_refused_with_what_is_not(
-    model: Path,
-    database: Database,
-    calib: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    model: Path, make_pruner: MakePruner
 ) -> None:
     machine = InventedMachine(model, {})
-    pruner = invented_pruner(machine, database, calib, tmp_path, monkeypatch)
+    pruner = make_pruner(machine)
     reach = pruner.reach
     assert 1 < reach.speedup < 5
     with pytest.raises(BudgetError, match=f"{reach.speedup:.2f}x, is the least"):
@@ -219,15 +213,9 @@ def test_what_is_out_of_reach_is_refused_with_what_is_not(
     assert machine.compiled == [model]  # only the dense build was needed to know
 
 
-def test_even_levels_are_the_baseline(
-    model: Path,
-    database: Database,
-    calib: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_even_levels_are_the_baseline(model: Path, make_pruner: MakePruner) -> None:
     machine = InventedMachine(model, {})
-    pruner = invented_pruner(machine, database, calib, tmp_path, monkeypatch, even=True)
+    pruner = make_pruner(machine, even=True)
     found = pruner.prune(Goal(speedup=1.8))
     assert len({level for level in found.levels.values() if level != DENSE}) == 1
 
