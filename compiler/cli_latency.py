@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from topiarist.compiler.cli_models import Model, Target
+from topiarist.compiler.cli_models import Model, Target, Threads
 from topiarist.compiler.cli_output import (
     Debug,
     Json,
@@ -39,7 +39,6 @@ app = typer.Typer(no_args_is_help=True, help="The latency model: what a layer wo
 LogFiles = Annotated[
     list[Path], typer.Argument(metavar="LOG...", help="Tuning logs, or folders of them.")
 ]
-Threads = Annotated[int, typer.Option(min=1, help="Threads that bundles will run with.")]
 ModelFile = Annotated[
     Path | None,
     typer.Option("--model", "-m", metavar="FILE", help="The latency model. Default: the user's."),

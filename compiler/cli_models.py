@@ -34,6 +34,8 @@ ModelOrBundle = Annotated[
     Path, typer.Argument(metavar="MODEL.onnx|BUNDLE.topi", help="The ONNX model, or a bundle.")
 ]
 Target = Annotated[str, typer.Option("--target", "-t", help="A target's name; host: this machine.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads that bundles will run with.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Batch, where the model's is open.")]
 
 
 @command
@@ -154,10 +156,8 @@ def compile_(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle, such as model.topi.")],
     target: Target = registry.HOST,
-    threads: Annotated[int, typer.Option(min=1, help="Threads that the bundle runs with.")] = 1,
-    batch: Annotated[int | None, typer.Option(min=1, help="Batch, where the model's is open.")] = (
-        None
-    ),
+    threads: Threads = 1,
+    batch: Batch = None,
     dense: Annotated[
         bool, typer.Option("--dense", help="Don't skip zeros: for comparison.")
     ] = False,

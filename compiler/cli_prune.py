@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from topiarist.compiler.cli_models import Model, Target
+from topiarist.compiler.cli_models import Batch, Model, Target, Threads
 from topiarist.compiler.cli_output import (
     Debug,
     Json,
@@ -91,10 +91,8 @@ def prune(
         typer.Option(metavar="NAME=D", help="Another density for one layer; repeatable."),
     ] = None,
     target: Target = registry.HOST,
-    threads: Annotated[int, typer.Option(min=1, help="Threads that bundles will run with.")] = 1,
-    batch: Annotated[int | None, typer.Option(min=1, help="Batch, where the model's is open.")] = (
-        None
-    ),
+    threads: Threads = 1,
+    batch: Batch = None,
     latency_model: Annotated[
         Path | None,
         typer.Option(
@@ -334,6 +332,7 @@ def _prune_to_goals(
     from topiarist.compiler.latency import open_source
     from topiarist.compiler.pipeline import require_measurable
     from topiarist.compiler.report.inputs import Sweep, SweepPoint, write_sweep
+    from topiarist.pruning.database import make_folder
 
     spec = registry.get(guidance.target)
     require_measurable(spec)
@@ -353,7 +352,7 @@ def _prune_to_goals(
         f"{reach.least_us / 1e3:.3f} ms, can be reached, by {source.name}"
     )
     if family:
-        _make_folder(output)
+        make_folder(output)
     points = [SweepPoint(1.0, reach.dense_us, accuracies.dense.share, "dense")]
     documents = []
     for goal in goals:
@@ -373,13 +372,6 @@ def _prune_to_goals(
         reached = {"dense_us": reach.dense_us, "least_us": reach.least_us}
         dense = asdict(accuracies.dense)
         print_json({"reach": reached, "dense": dense, "source": source.name, "pruned": documents})
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"can't make the folder {folder}: {error.strerror}") from error
 
 
 def _plot(members: Any, path: Path) -> None:

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from topiarist.compiler.cli_models import Model, Target
+from topiarist.compiler.cli_models import Batch, Model, Target, Threads
 from topiarist.compiler.cli_output import (
     Debug,
     Json,
@@ -54,10 +54,8 @@ def tune(
         Path | None,
         typer.Option(help="The log, or a folder of logs, to go on with. Default: the user's."),
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads that bundles will run with.")] = 1,
-    batch: Annotated[int | None, typer.Option(min=1, help="Batch, where the model's is open.")] = (
-        None
-    ),
+    threads: Threads = 1,
+    batch: Batch = None,
     strategy: Annotated[
         str, typer.Option(help="model (XGBoost), evolution or random: how to search.")
     ] = "model",

@@ -337,12 +337,13 @@ def _prepare(folder: Path, model: onnx.ModelProto, images: Images) -> str:
             "name another folder or delete this one"
         )
     if found is None:
-        _make_folder(folder)
+        make_folder(folder)
         _write_text(path, json.dumps(parts, indent=1) + "\n")
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are missing. Raises OutputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
