@@ -84,11 +84,10 @@ def digest(data: dict[str, Any]) -> str:
 
 def parse(data: dict[str, Any]) -> Manifest:
     """The inverse of `Manifest.to_json`. Raises KeyError, TypeError or ValueError on nonsense."""
-    target = data["target"]
     source = data["source"]
     return Manifest(
         versions=data["versions"],
-        target=TargetSpec(**{**target, "required_features": tuple(target["required_features"])}),
+        target=TargetSpec.from_json(data["target"]),
         threads=data["threads"],
         inputs=_signatures(data["inputs"]),
         outputs=_signatures(data["outputs"]),

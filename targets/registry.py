@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 
 from topiarist.errors import TargetError
+from topiarist.targets import arm, x86
 from topiarist.targets.detect import detect
 from topiarist.targets.spec import TargetSpec
-from topiarist.targets.x86 import PROFILES
 
 HOST = "host"
-_PROFILES = {spec.name: spec for spec in PROFILES}
+_PROFILES = {spec.name: spec for spec in (*x86.PROFILES, *arm.PROFILES)}
 
 
 def names() -> list[str]:

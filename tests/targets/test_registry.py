@@ -8,11 +8,32 @@ import pytest
 
 from topiarist.errors import TargetError
 from topiarist.targets import registry
+from topiarist.targets.spec import TargetSpec
 
 
 def test_profiles_have_their_vector_shape() -> None:
     shapes = {n: (registry.get(n).lanes, registry.get(n).registers) for n in registry.names()[1:]}
-    assert shapes == {"x86-sse4": (4, 16), "x86-avx2": (8, 16), "x86-avx512": (16, 32)}
+    x86 = {"x86-sse4": (4, 16), "x86-avx2": (8, 16), "x86-avx512": (16, 32)}
+    assert shapes == {**x86, "aarch64": (4, 32), "rpi4": (4, 32)}
+
+
+@pytest.mark.parametrize("name", registry.names()[1:])
+def test_a_specification_survives_json(name: str) -> None:
+    spec = registry.get(name)
+    assert TargetSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_specifications_of_older_bundles_lack_what_came_later() -> None:
+    values = registry.get("x86-avx2").to_json()
+    for later in ("clusters", "lane_fma", "system"):
+        del values[later]
+    assert TargetSpec.from_json(values) == registry.get("x86-avx2")
+
+
+def test_the_peak_follows_from_clock_and_vectors() -> None:
+    spec = registry.get("rpi4")
+    assert spec.clock_ghz and spec.fma_per_cycle
+    assert spec.peak_gflops == 2 * spec.lanes * spec.fma_per_cycle * spec.clock_ghz
 
 
 def test_a_profile_is_plain_json() -> None:
