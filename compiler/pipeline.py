@@ -144,15 +144,15 @@ def require_measurable(spec: TargetSpec) -> None:
     if reason is None:
         return
     if spec.toolchain is None:
-        remedy = "do it on a machine that has this instruction set, or choose another target"
+        remedy = "on a machine that has this instruction set, or for another target"
     else:
         remedy = (
-            "do it on the board with `--target host`, or tune over the network from here "
-            "(`topiarist tune --tracker HOST:PORT --key KEY`)"
+            "on the board itself with `--target host`, or over the network with "
+            "`topiarist tune --tracker HOST:PORT --key KEY`"
         )
     raise TargetError(
-        f"{reason}, and kernels are timed: {remedy}. `topiarist compile` can do without, by logs "
-        "and estimates (`--no-measure`)."
+        f"{reason}, and this times kernels: do it {remedy}. `topiarist prune --density` and "
+        "`topiarist compile --no-measure` time nothing."
     )
 
 

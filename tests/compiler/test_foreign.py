@@ -120,9 +120,12 @@ def test_a_bundle_for_another_device_is_explained(bundle: Path) -> None:
 
 def test_what_needs_a_clock_says_where_to_find_one(model: Path, tmp_path: Path) -> None:
     tuning = complaint("tune", model, "--target", "rpi4", "--log", tmp_path / "log.jsonl")
-    assert "on the board with `--target host`" in tuning and "--tracker HOST:PORT" in tuning
-    problem = complaint("compile", model, "-t", "rpi4", "-o", tmp_path / "m.topi", "--measure")
-    assert "--no-measure" in problem
+    assert "on the board itself with `--target host`" in tuning and "--tracker HOST:PORT" in tuning
+    for command in (
+        ("compile", model, "-o", tmp_path / "m.topi", "--measure"),
+        ("model", "collect", model, "--log", tmp_path / "log.jsonl"),
+    ):
+        assert "compile --no-measure" in complaint(*command, "--target", "rpi4")
     assert list(tmp_path.iterdir()) == []
 
 
