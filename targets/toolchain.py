@@ -12,6 +12,8 @@ class Toolchain:
     `prefix` starts the names of the GNU tools, `package` is Debian's package of them, `emulator`
     QEMU's program for one process (in `emulator_package`), `sysroot` where the package puts the
     machine's libraries. `machine` and `bits` are what the head of an ELF file has to say.
+    `plain_cpu` is QEMU's name of a processor with no more than all such machines have,
+    `wheel_platform` pip's name of the machine, where there are wheels of TVM for it.
     """
 
     prefix: str
@@ -20,6 +22,8 @@ class Toolchain:
     sysroot: str
     machine: str  # as in `elf.MACHINES`
     bits: int
+    plain_cpu: str
+    wheel_platform: str = ""
     emulator_package: str = "qemu-user"
 
     @property
@@ -35,6 +39,8 @@ AARCH64 = Toolchain(
     sysroot="/usr/aarch64-linux-gnu",
     machine="aarch64",
     bits=64,
+    plain_cpu="cortex-a53",
+    wheel_platform="manylinux_2_28_aarch64",
 )
 ARM_HARD_FLOAT = Toolchain(
     prefix="arm-linux-gnueabihf",
@@ -43,6 +49,7 @@ ARM_HARD_FLOAT = Toolchain(
     sysroot="/usr/arm-linux-gnueabihf",
     machine="arm",
     bits=32,
+    plain_cpu="cortex-a15",
 )
 TOOLCHAINS = {
     "aarch64-linux-gnu": AARCH64,
