@@ -20,10 +20,11 @@ from topiarist.targets.spec import TargetSpec
 from topiarist.targets.toolchain import Toolchain
 
 LIBRARIES = ("libtvm_runtime.so", "libtvm_ffi.so")  # the first needs the second
+VERSION_HEADER = "tvm/runtime/base.h"
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi")
 _KEPT = {  # what of the wheels is kept, and where
     "tvm/lib/libtvm_runtime.so": "lib/libtvm_runtime.so",
-    "tvm/include/tvm/runtime/base.h": "include/tvm/runtime/base.h",
+    f"tvm/include/{VERSION_HEADER}": f"include/{VERSION_HEADER}",
     "tvm_ffi/lib/libtvm_ffi.so": "lib/libtvm_ffi.so",
     "tvm_ffi/include": "include",
 }
@@ -70,19 +71,24 @@ def fetch_runtime(target: TargetSpec, wheels: Path | None = None) -> BoardRuntim
         for package, version in wanted.items():
             _unpack(_find_wheel(found, package, version, toolchain), Path(work, "content"))
         _sort(Path(work, "content"), fresh)
-        check_runtime(BoardRuntime(fresh), target)
+        check_runtime(BoardRuntime(fresh), toolchain)
         shutil.rmtree(runtime.folder, ignore_errors=True)
         fresh.rename(runtime.folder)
     return runtime
 
 
-def check_runtime(runtime: BoardRuntime, target: TargetSpec) -> BoardRuntime:
+def check_runtime(runtime: BoardRuntime, toolchain: Toolchain) -> BoardRuntime:
     """The runtime, or TargetError when it lacks a file or is for another machine."""
-    for path in (*runtime.libraries, runtime.include / "tvm/runtime/base.h"):
+    for path in (*runtime.libraries, runtime.include / VERSION_HEADER):
         if not path.is_file():
-            raise TargetError(f"{runtime.folder} is no runtime: {path} isn't there")
-    for library in runtime.libraries:
-        elf.check(library, target)
+            raise TargetError(f"{runtime.folder} is no runtime: it has no {path.name}")
+    for path in runtime.libraries:
+        head = elf.read(path)
+        if head is None or not head.serves(toolchain.machine, toolchain.bits):
+            found = "no ELF file" if head is None else f"for {head}"
+            raise TargetError(
+                f"{path} is {found}; it has to be for {toolchain.machine} ({toolchain.bits} bits)"
+            )
     return runtime
 
 

@@ -45,19 +45,17 @@ class EmulatedSession:
     ) -> None:
         self._bundle = Path(path).resolve()
         self.manifest = check_bundle(self._bundle)
-        target, self._timeout_s = self.manifest.target, timeout_s
+        self._timeout_s = timeout_s
+        target = self.manifest.target
         toolchain = target.toolchain
-        if toolchain is None:
-            raise TargetError(
-                f"{path} is for {target.name}, which QEMU isn't set up for; run it as it is"
-            )
+        if toolchain is None or not toolchain.emulator:
+            raise TargetError(f"{path} is for {target.name}, which can't be emulated here")
         emulator = _tool(toolchain.emulator, toolchain.emulator_package)
         self._cpu = cpu_model(target, _cpu_models(emulator), toolchain.plain_cpu)
-        built_with = (
-            fetch_runtime(target)
-            if runtime is None
-            else check_runtime(BoardRuntime(runtime.resolve()), target)
-        )
+        if runtime is None:
+            built_with = fetch_runtime(target)
+        else:
+            built_with = check_runtime(BoardRuntime(runtime.resolve()), toolchain)
         program = build_program(toolchain, built_with)
         self._command = [emulator, "-L", toolchain.sysroot, "-cpu", self._cpu, str(program)]
 

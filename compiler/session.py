@@ -138,8 +138,12 @@ class Session:
             return 1
         batch = signature.shape[0] if signature.shape else 0
         fits = batch > 0 and array.shape[1:] == signature.shape[1:]
-        if not (fits and array.shape[0] > 0 and array.shape[0] % batch == 0 and self.manifest.batched):
-            several = f" (or a multiple of {batch} on the first axis)" if self.manifest.batched else ""
+        if not (
+            fits and array.shape[0] > 0 and array.shape[0] % batch == 0 and self.manifest.batched
+        ):
+            several = (
+                f" (or a multiple of {batch} on the first axis)" if self.manifest.batched else ""
+            )
             raise ValueError(
                 f"the input {signature.name!r} has the shape {list(array.shape)}; "
                 f"expected {list(signature.shape)}{several}"
