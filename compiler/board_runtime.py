@@ -135,9 +135,8 @@ def _download(
     if process.returncode != 0:
         lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
         raise TargetError(
-            f"pip can't download TVM's wheels for {toolchain.wheel_platform} ({lines[-1]}); without "
-            f"a network, `topiarist targets runtime {target.name} --wheels FOLDER` takes them from "
-            "a folder"
+            f"pip can't download TVM's wheels for {toolchain.wheel_platform} ({lines[-1]}). From a "
+            f"folder: `topiarist targets runtime {target.name} --wheels FOLDER`"
         )
     return folder
 

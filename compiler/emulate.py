@@ -1,4 +1,4 @@
-"""Running a bundle for another machine under QEMU, by the C++ example and that machine's runtime."""
+"""Running a bundle for another machine under QEMU, by the C++ example and TVM's runtime for it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The C++ example, packaged: `topiarist verify --emulate` builds it, `targets runtime -o` copies it."""
+"""The C++ example as a package: `verify --emulate` builds it, `targets runtime` copies it."""
