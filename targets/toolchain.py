@@ -10,21 +10,22 @@ class Toolchain:
     """What a triple's programs are linked with, and run with on another machine.
 
     `prefix` starts the names of the GNU tools, `package` is Debian's package of them, `emulator`
-    QEMU's program for one process (in `emulator_package`), `sysroot` where the package puts the
-    machine's libraries. `machine` and `bits` are what the head of an ELF file has to say.
-    `plain_cpu` is QEMU's name of a processor with no more than all such machines have,
-    `wheel_platform` pip's name of the machine, where there are wheels of TVM for it.
+    QEMU's program for one process (in `emulator_package`), `plain_cpu` its name of a processor
+    with no more than all such machines have, `sysroot` where the package puts the machine's
+    libraries. All of these are empty where only a vendor's kit has them (Android's NDK).
+    `wheel_platform` is pip's name of the machine, where there are wheels of TVM for it. `machine`
+    and `bits` are what the head of an ELF file has to say (`elf.py`).
     """
 
-    prefix: str
-    package: str
-    emulator: str
-    sysroot: str
-    machine: str  # as in `elf.MACHINES`
+    machine: str
     bits: int
-    plain_cpu: str
+    prefix: str = ""
+    package: str = ""
+    emulator: str = ""
+    emulator_package: str = ""
+    plain_cpu: str = ""
+    sysroot: str = ""
     wheel_platform: str = ""
-    emulator_package: str = "qemu-user"
 
     @property
     def compiler(self) -> str:
@@ -33,25 +34,29 @@ class Toolchain:
 
 
 AARCH64 = Toolchain(
+    machine="aarch64",
+    bits=64,
     prefix="aarch64-linux-gnu",
     package="g++-aarch64-linux-gnu",
     emulator="qemu-aarch64",
-    sysroot="/usr/aarch64-linux-gnu",
-    machine="aarch64",
-    bits=64,
+    emulator_package="qemu-user",
     plain_cpu="cortex-a53",
+    sysroot="/usr/aarch64-linux-gnu",
     wheel_platform="manylinux_2_28_aarch64",
 )
 ARM_HARD_FLOAT = Toolchain(
+    machine="arm",
+    bits=32,
     prefix="arm-linux-gnueabihf",
     package="g++-arm-linux-gnueabihf",
     emulator="qemu-arm",
-    sysroot="/usr/arm-linux-gnueabihf",
-    machine="arm",
-    bits=32,
+    emulator_package="qemu-user",
     plain_cpu="cortex-a15",
+    sysroot="/usr/arm-linux-gnueabihf",
 )
+ANDROID = Toolchain(machine="aarch64", bits=64)
 TOOLCHAINS = {
     "aarch64-linux-gnu": AARCH64,
     "armv7l-linux-gnueabihf": ARM_HARD_FLOAT,
+    "aarch64-linux-android": ANDROID,
 }

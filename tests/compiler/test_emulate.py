@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from topiarist.compiler.emulate import EmulatedSession, build_program
 from topiarist.compiler.pipeline import compile_model
 from topiarist.compiler.session import Session
 from topiarist.compiler.verify import compare, verify
-from topiarist.errors import BundleError, TargetError
+from topiarist.errors import TargetError
 from topiarist.pruning.one_shot import prune_model
 from topiarist.schedules.kernels import CONV_KERNELS
 from topiarist.targets import registry
