@@ -110,8 +110,8 @@ def _with_wheels(target: TargetSpec) -> Toolchain:
     if toolchain is None or not toolchain.wheel_platform:
         raise TargetError(
             f"there are no wheels of TVM for {target.name} ({target.triple or target.family}): "
-            "build libtvm_runtime.so and libtvm_ffi.so of the installed versions with its "
-            "compiler, and name their folder with --runtime"
+            f"build libtvm_runtime.so and libtvm_ffi.so of apache-tvm {versions()['apache-tvm']} "
+            "for it, as docs/boards.md says"
         )
     return toolchain
 

@@ -51,7 +51,7 @@ class EmulatedSession:
         if toolchain is None or not toolchain.emulator:
             raise TargetError(f"{path} is for {target.name}, which can't be emulated here")
         emulator = _tool(toolchain.emulator, toolchain.emulator_package)
-        self._cpu = cpu_model(target, _cpu_models(emulator), toolchain.plain_cpu)
+        self._cpu = cpu_model(target, toolchain, _cpu_models(emulator))
         if runtime is None:
             built_with = fetch_runtime(target)
         else:
@@ -100,8 +100,9 @@ class EmulatedSession:
         """Why the program ended: its own message, or the signal that ended it."""
         if code == -signal.SIGILL:
             return (
-                f"{self._bundle} has an instruction that QEMU's {self._cpu} lacks "
-                f"(SIGILL), and so would {self.manifest.target.name}; compile it for that target"
+                f"{self._bundle} has an instruction that QEMU's model {self._cpu} lacks (SIGILL): "
+                f"the features of {self.manifest.target.name} claim more than its cores have "
+                "(`topiarist targets show`), or QEMU is too old to know it"
             )
         if code < 0:
             return f"{self._bundle} crashed under QEMU ({signal.Signals(-code).name})"
@@ -109,14 +110,16 @@ class EmulatedSession:
         return lines[0].removeprefix("error: ")
 
 
-def cpu_model(target: TargetSpec, known: Sequence[str], plain: str) -> str:
+def cpu_model(target: TargetSpec, toolchain: Toolchain, known: Sequence[str]) -> str:
     """QEMU's model of a target's cores, so that instructions that these lack are found out.
 
-    Where QEMU has no such model, it is the one with all features.
+    Where QEMU has no such model, none of the `known`, it is the one with all features.
     """
-    if target.mcpu == "generic":
-        return plain
-    return target.mcpu if target.mcpu in known else "max"
+    if target.mcpu in known:
+        return target.mcpu
+    extras = any(feature.startswith("+") for feature in target.tvm_target.get("mattr", ()))
+    plain = toolchain.plain_cpu if target.mcpu == "generic" and not extras else ""
+    return plain or "max"
 
 
 def build_program(toolchain: Toolchain, runtime: BoardRuntime) -> Path:

@@ -11,7 +11,7 @@ class Toolchain:
 
     `prefix` starts the names of the GNU tools, `package` is Debian's package of them, `emulator`
     QEMU's program for one process (in `emulator_package`), `plain_cpu` its name of a processor
-    with no more than all such machines have, `sysroot` where the package puts the machine's
+    that has only what all such machines have, `sysroot` where the package puts the machine's
     libraries. All of these are empty where only a vendor's kit has them (Android's NDK).
     `wheel_platform` is pip's name of the machine, where there are wheels of TVM for it. `machine`
     and `bits` are what the head of an ELF file has to say (`elf.py`).
@@ -51,7 +51,6 @@ ARM_HARD_FLOAT = Toolchain(
     package="g++-arm-linux-gnueabihf",
     emulator="qemu-arm",
     emulator_package="qemu-user",
-    plain_cpu="cortex-a15",
     sysroot="/usr/arm-linux-gnueabihf",
 )
 ANDROID = Toolchain(machine="aarch64", bits=64)

@@ -388,7 +388,7 @@ int main(int count, char** arguments) {
   try {
     RunBundle(ParseOptions({arguments + 1, arguments + count}));
   } catch (const ffi::Error& error) {
-    std::fprintf(stderr, "error: the bundle can't be run: %s\n", error.message().c_str());
+    std::fprintf(stderr, "error: the bundle is damaged, or can't run here: %s\n", error.message().c_str());
     return 2;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "error: %s\n", error.what());

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,13 @@ from typer.testing import CliRunner
 from tests.models import Net, random_inputs, run_onnx, worst_error
 from topiarist.compiler import choose
 from topiarist.compiler.board_runtime import BoardRuntime, fetch_runtime, write_runtime
-from topiarist.compiler.bundle import read_manifest
+from topiarist.compiler.bundle import _describe, read_manifest
 from topiarist.compiler.cli import app
 from topiarist.compiler.emulate import EmulatedSession, build_program
 from topiarist.compiler.pipeline import compile_model
 from topiarist.compiler.session import Session
 from topiarist.compiler.verify import compare, verify
-from topiarist.errors import TargetError
+from topiarist.errors import BundleError, TargetError
 from topiarist.pruning.one_shot import prune_model
 from topiarist.schedules.kernels import CONV_KERNELS
 from topiarist.targets import registry
@@ -274,3 +276,78 @@ def test_files_that_are_wrong(
     assert "x.npy is no .npy file" in refused(bundle, "-i", "x.npy", "-i", "z.npy")
     assert "no.npy can't be read: No such file" in refused(bundle, "-i", "no.npy", "-i", "z.npy")
     assert "can't be written: No such" in refused(bundle, "-o", "no/y.npy", "-o", "y.npy")
+
+
+def test_bundles_that_are_wrong(
+    bundle: Path, refused: Callable[..., str], edit_manifest: Edit, tiny_bundle: Path
+) -> None:
+    assert "no.topi/manifest.json can't be read: No such file" in refused("no.topi")
+    assert f"{tiny_bundle}/lib.so is for another processor" in refused(tiny_bundle)
+    edit_manifest(bundle, schema=99)
+    assert "has the schema 99 and this program reads 2" in refused(bundle)
+    edit_manifest(bundle, schema=2, versions={"apache-tvm": "0.26.0"})
+    assert "was compiled with apache-tvm 0.26.0 and this program is built with" in refused(bundle)
+    for text in ("hello, world", "[1]", '{"format": "something else"}'):
+        (bundle / "manifest.json").write_text(text)
+        assert "no manifest of a bundle" in refused(bundle)
+    (bundle / "manifest.json").write_text('{"format": "topiarist-bundle"}')
+    assert "the bundle is damaged, or can't run here: key is not in Map" in refused(bundle)
+
+
+def test_files_of_a_bundle_that_are_wrong(bundle: Path, refused: Callable[..., str]) -> None:
+    with (bundle / "weights.bin").open("ab") as file:
+        file.write(b"more")
+    assert "were written; copy the bundle again" in refused(bundle)
+    (bundle / "lib.so").unlink()
+    (bundle / "weights.bin").unlink()
+    assert "weights.bin can't be read: No such file" in refused(bundle)
+
+
+def replace_library(bundle: Path, source: str, edit_manifest: Edit) -> None:
+    """Put a library of this C++ source in place of the network's."""
+    (bundle / "lib.cc").write_text(source)
+    library = str(bundle / "lib.so")
+    command = [AARCH64.compiler, "-shared", "-fPIC", "-o", library, str(bundle / "lib.cc")]
+    subprocess.run(command, check=True)
+    (bundle / "lib.cc").unlink()
+    files = json.loads((bundle / "manifest.json").read_text())["files"]
+    files["lib.so"] = dataclasses.asdict(_describe(bundle / "lib.so"))
+    edit_manifest(bundle, files=files)
+
+
+SVE = '__attribute__((constructor)) static void add(void) { asm(".inst 0x04a00000"); }'
+ABORT = 'extern "C" void abort(void); __attribute__((constructor)) static void f() { abort(); }'
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [(SVE, "an instruction that QEMU's model cortex-a72 lacks"), (ABORT, "crashed .*SIGABRT")],
+)
+def test_a_bundle_that_crashes(
+    source: str, message: str, bundle: Path, small: tuple[Path, Path], edit_manifest: Edit
+) -> None:
+    replace_library(bundle, source, edit_manifest)
+    with pytest.raises(BundleError, match=message):
+        verify(bundle, small[0], open_bundle=EmulatedSession)
+
+
+def test_a_bundle_that_takes_too_long(small: tuple[Path, Path]) -> None:
+    path, bundle = small
+    slow = partial(EmulatedSession, timeout_s=0.01)
+    with pytest.raises(BundleError, match=r"not done after 0 s under QEMU.*--inputs"):
+        verify(bundle, path, open_bundle=slow)
+
+
+def test_another_target_or_none(
+    small: tuple[Path, Path], tiny_bundle: Path, tiny_onnx: Path
+) -> None:
+    def said(*arguments: object) -> str:
+        result = CliRunner().invoke(app, ["verify", *map(str, arguments)])
+        assert (result.exit_code, result.stdout) == (2, "")
+        return result.stderr
+
+    path, bundle = small
+    given = (bundle, "--against", path, "--emulate")
+    assert "was compiled for rpi4, not for rpi5" in said(*given, "--target", "rpi5")
+    assert "has no libtvm_runtime.so" in said(*given, "--runtime", path.parent)
+    assert "can't be emulated here" in said(tiny_bundle, "--against", tiny_onnx, "--emulate")
