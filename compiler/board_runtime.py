@@ -107,9 +107,14 @@ def write_runtime(runtime: BoardRuntime, output: Path) -> None:
 
 def _with_wheels(target: TargetSpec) -> Toolchain:
     toolchain = target.toolchain
-    if toolchain is None or not toolchain.wheel_platform:
+    if toolchain is None:
         raise TargetError(
-            f"there are no wheels of TVM for {target.name} ({target.triple or target.family}): "
+            f"nothing has to be fetched for {target.name}: the installed packages have its "
+            "libraries, in tvm/lib and tvm_ffi/lib"
+        )
+    if not toolchain.wheel_platform:
+        raise TargetError(
+            f"there are no wheels of TVM for {target.name} ({target.triple}): "
             f"build libtvm_runtime.so and libtvm_ffi.so of apache-tvm {versions()['apache-tvm']} "
             "for it, as docs/boards.md says"
         )

@@ -1,6 +1,7 @@
 // Runs a bundle on a board that has TVM's runtime library, and neither Python nor a compiler.
 
 #include <fcntl.h>
+#include <sys/auxv.h>
 #include <sys/mman.h>
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/map.h>
@@ -11,6 +12,9 @@
 #include <tvm/ffi/function.h>
 #include <tvm/runtime/base.h>
 #include <unistd.h>
+#if defined(__aarch64__) || defined(__arm__)
+#include <asm/hwcap.h>
+#endif
 
 #include <algorithm>
 #include <cerrno>
@@ -24,6 +28,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 constexpr const char* kUsage =
@@ -45,12 +50,20 @@ constexpr DLDevice kCpu{kDLCPU, 0};
 constexpr int kPooledAllocator = 2;  // of TVM's virtual machine
 constexpr int kBigCores = 1;         // of TVM's thread pool
 constexpr size_t kElfMachine = 18;   // where an ELF file says what processor it is for
+
+// ELF's number of this processor's kind, and its features as Linux names them and the kernel tells.
+using Features = std::vector<std::pair<std::string, unsigned long>>;
 #if defined(__aarch64__)
 constexpr int kMachine = 183;
+const Features kFeatures{{"fp", HWCAP_FP},           {"asimd", HWCAP_ASIMD},
+                         {"fphp", HWCAP_FPHP},       {"asimdhp", HWCAP_ASIMDHP},
+                         {"asimddp", HWCAP_ASIMDDP}, {"sve", HWCAP_SVE}};
 #elif defined(__arm__)
 constexpr int kMachine = 40;
+const Features kFeatures{{"neon", HWCAP_NEON}, {"vfpv4", HWCAP_VFPv4}};
 #elif defined(__x86_64__)
 constexpr int kMachine = 62;
+const Features kFeatures;
 #endif
 
 std::string ReadFile(const std::string& path) {
@@ -63,7 +76,7 @@ std::string ReadFile(const std::string& path) {
 // Memory that starts aligned.
 class Buffer {
  public:
-  explicit Buffer(size_t size)
+  explicit Buffer(size_t size)  // a multiple of the alignment, and never nothing
       : data_(std::aligned_alloc(kAlignment, size / kAlignment * kAlignment + kAlignment)) {}
   char* data() const { return static_cast<char*>(data_.get()); }
 
@@ -128,7 +141,8 @@ std::string ReadNpy(const std::string& path, const Signature& is) {
   }
   const size_t head_size = uint8_t(file[8]) | uint8_t(file[9]) << 8;
   const size_t start = std::min(file.size(), 10 + head_size);
-  const std::string head = file.substr(10, file.find_last_not_of(" \n", start - 1) - 9);
+  std::string head = file.substr(10, head_size);
+  head.erase(head.find_last_not_of(" \n") + 1);
   const size_t size = file.size() - start, batches = size / is.Bytes();
   if (batches == 0 || size % is.Bytes() != 0 || head != NpyHead(is, batches)) {
     throw Failure(path + " has " + head + " and " + std::to_string(size) +
@@ -166,13 +180,15 @@ Object ReadManifest(const std::string& bundle) {
     throw Failure(path + " is no manifest of a bundle " + std::string(problem));
   }
   if (const auto schema = (*manifest)["schema"].cast<int64_t>(); schema != kSchema) {
-    throw Failure(bundle + " has the schema " + std::to_string(schema) + " and this program reads " +
-                  std::to_string(kSchema) + "; build the program that came with the compiler");
+    throw Failure(bundle + " has the schema " + std::to_string(schema) +
+                  " and this program reads " + std::to_string(kSchema) +
+                  "; build the program that came with the compiler");
   }
   const auto tvm = (*manifest)["versions"].cast<Object>()["apache-tvm"].cast<std::string>();
   if (Release(tvm) != Release(TVM_VERSION)) {
-    throw Failure(bundle + " was compiled with apache-tvm " + tvm + " and this program is built with " +
-                  TVM_VERSION + "; build it with the runtime of the former");
+    throw Failure(bundle + " was compiled with apache-tvm " + tvm +
+                  " and this program is built with " TVM_VERSION +
+                  "; build it with the runtime of the former");
   }
   return *manifest;
 }
@@ -205,16 +221,24 @@ class MappedFile {
   char* data;
 };
 
-// Throws Failure when the library is for another kind of processor. (Not when it needs instructions
-// that this one lacks: that ends the program with SIGILL.)
-void CheckMachine(const MappedFile& library, const Object& manifest) {
+// Throws Failure when the code is for another kind of processor, or for a better one of this kind.
+void CheckProcessor(const MappedFile& library, const Object& manifest) {
+  const auto target = manifest["target"].cast<Object>();
+  const auto name = target["name"].cast<std::string>();
   uint16_t machine;
   std::memcpy(&machine, library.data + kElfMachine, sizeof machine);
   if (machine != kMachine) {
-    const auto target = manifest["target"].cast<Object>()["name"].cast<std::string>();
-    throw Failure(library.path + " is for another processor: it was compiled for " + target +
-                  " (ELF machine " + std::to_string(machine) + ", this program's is " +
+    throw Failure(library.path + " is for another kind of processor: it was compiled for " + name +
+                  " (ELF machine " + std::to_string(machine) + ", here it is " +
                   std::to_string(kMachine) + ")");
+  }
+  const unsigned long here = getauxval(AT_HWCAP);
+  for (const ffi::String& needed : target["required_features"].cast<ffi::Array<ffi::String>>()) {
+    for (const auto& [feature, bit] : kFeatures) {
+      if (needed == feature && !(here & bit)) {
+        throw Failure("this processor lacks " + feature + ", which code for " + name + " needs");
+      }
+    }
   }
 }
 
@@ -233,7 +257,7 @@ class Network {
         outputs(Signatures(manifest, "outputs")),
         weights_(bundle, manifest, "weights.bin") {
     const MappedFile library(bundle, manifest, "lib.so");
-    CheckMachine(library, manifest);
+    CheckProcessor(library, manifest);
     for (const Signature& is : inputs) {
       buffers_.emplace_back(is.Bytes());
       arguments_.push_back(is.At(buffers_.back().data()));
@@ -263,6 +287,21 @@ class Network {
     auto tensor = returned_.as<ffi::Tensor>();
     if (!tensor) tensor = returned_.cast<ffi::Array<ffi::Tensor>>()[static_cast<int64_t>(index)];
     return std::string(static_cast<const char*>(tensor->data_ptr()), outputs[index].Bytes());
+  }
+
+  // How many batches the values of an input are.
+  size_t Batches(const std::string& values, size_t input) const {
+    return values.size() / inputs[input].Bytes();
+  }
+
+  // Whether all inputs and outputs have the same first axis.
+  bool IsBatched() const {
+    std::vector<int64_t> firsts;
+    for (const auto* signatures : {&inputs, &outputs}) {
+      for (const Signature& is : *signatures) firsts.push_back(is.shape.empty() ? 0 : is.shape[0]);
+    }
+    return firsts[0] > 0 && std::count(firsts.begin(), firsts.end(), firsts[0]) ==
+                                static_cast<std::ptrdiff_t>(firsts.size());
   }
 
   const Object manifest;
@@ -300,7 +339,7 @@ int64_t ParseCount(const std::string& option, const std::string& text, int64_t l
   char* end;
   const int64_t count = std::strtoll(text.c_str(), &end, 10);
   if (text.empty() || *end != '\0' || count < least || count > INT32_MAX) {
-    throw Failure(option + " wants a number of at least " + std::to_string(least) + ", got " + text);
+    throw Failure(option + " wants at least " + std::to_string(least) + ", got " + text);
   }
   return count;
 }
@@ -337,17 +376,20 @@ void CheckCount(const char* option, size_t given, size_t wanted) {
   }
 }
 
-// The input files' values, and how many batches they are; zeros where there are no files.
-size_t ReadInputs(const Network& network, const Options& options, std::vector<std::string>* values) {
+// The values of the inputs, all of the same number of batches; zeros where there are no files.
+std::vector<std::string> ReadInputs(const Network& network, const std::vector<std::string>& paths) {
+  std::vector<std::string> values;
   for (size_t i = 0; i < network.inputs.size(); ++i) {
     const Signature& is = network.inputs[i];
-    values->push_back(options.inputs.empty() ? std::string(is.Bytes(), '\0')
-                                             : ReadNpy(options.inputs[i], is));
-    if (values->back().size() / is.Bytes() != values->front().size() / network.inputs[0].Bytes()) {
+    values.push_back(paths.empty() ? std::string(is.Bytes(), '\0') : ReadNpy(paths[i], is));
+    if (network.Batches(values[i], i) != network.Batches(values[0], 0)) {
       throw Failure("the inputs have different numbers of batches");
     }
   }
-  return values->front().size() / network.inputs[0].Bytes();
+  if (network.Batches(values[0], 0) > 1 && !network.IsBatched()) {
+    throw Failure("the network has no axis for batches: give it the inputs of one run");
+  }
+  return values;
 }
 
 // TVM reads the environment when it starts its threads.
@@ -361,12 +403,12 @@ void RunBundle(const Options& options) {
   Network network(options.bundle);
   CheckCount("-i", options.inputs.size(), network.inputs.size());
   CheckCount("-o", options.outputs.size(), network.outputs.size());
-  std::vector<std::string> inputs, outputs(network.outputs.size());
-  const size_t batches = ReadInputs(network, options, &inputs);
+  const std::vector<std::string> inputs = ReadInputs(network, options.inputs);
+  std::vector<std::string> outputs(network.outputs.size());
   const int64_t threads =
       options.threads ? options.threads : network.manifest["threads"].cast<int64_t>();
   SetThreads(threads);
-  for (size_t batch = 0; batch < batches; ++batch) {
+  for (size_t batch = 0; batch < network.Batches(inputs[0], 0); ++batch) {
     for (size_t i = 0; i < inputs.size(); ++i) {
       network.SetInput(i, inputs[i].data() + batch * network.inputs[i].Bytes());
     }
@@ -385,10 +427,15 @@ void RunBundle(const Options& options) {
 }
 
 int main(int count, char** arguments) {
+  if (count == 2 && std::strcmp(arguments[1], "--help") == 0) {
+    std::fputs(kUsage, stdout);
+    return 0;
+  }
   try {
     RunBundle(ParseOptions({arguments + 1, arguments + count}));
   } catch (const ffi::Error& error) {
-    std::fprintf(stderr, "error: the bundle is damaged, or can't run here: %s\n", error.message().c_str());
+    const std::string reason = error.message();
+    std::fprintf(stderr, "error: the bundle is damaged, or can't run here: %s\n", reason.c_str());
     return 2;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "error: %s\n", error.what());

@@ -254,7 +254,7 @@ def test_options_that_are_wrong(bundle: Path, refused: Callable[..., str]) -> No
     assert "no bundle is named" in refused() and "usage: run_bundle" in refused()
     assert "no option --fast" in refused(bundle, "--fast", "1")
     assert "--threads has no value" in refused(bundle, "--threads")
-    assert "--threads wants a number of at least 1, got 0" in refused(bundle, "--threads", "0")
+    assert "--threads wants at least 1, got 0" in refused(bundle, "--threads", "0")
     assert "-i is given 1 times and the network has 2" in refused(bundle, "-i", "x.npy")
 
 
@@ -272,6 +272,11 @@ def test_files_that_are_wrong(
     assert "'shape': (2, 3, 8, 8), }, 1536 bytes" in given(x[:1])
     assert "'fortran_order': True" in given(np.asfortranarray(x))
     assert "different numbers of batches" in given(np.concatenate([x, x]))
+    np.save(tmp_path / "z.npy", np.concatenate([z, z]))
+    signatures = json.loads((bundle / "manifest.json").read_text())["outputs"]
+    edit_manifest(bundle, outputs=[{**signatures[0], "shape": [1, 512]}, signatures[1]])
+    assert "no axis for batches" in given(np.concatenate([x, x]))
+    np.save(tmp_path / "z.npy", z)
     (tmp_path / "x.npy").write_bytes(b"hello, world")
     assert "x.npy is no .npy file" in refused(bundle, "-i", "x.npy", "-i", "z.npy")
     assert "no.npy can't be read: No such file" in refused(bundle, "-i", "no.npy", "-i", "z.npy")
@@ -282,7 +287,10 @@ def test_bundles_that_are_wrong(
     bundle: Path, refused: Callable[..., str], edit_manifest: Edit, tiny_bundle: Path
 ) -> None:
     assert "no.topi/manifest.json can't be read: No such file" in refused("no.topi")
-    assert f"{tiny_bundle}/lib.so is for another processor" in refused(tiny_bundle)
+    assert f"{tiny_bundle}/lib.so is for another kind of processor" in refused(tiny_bundle)
+    better = dataclasses.replace(BOARD, required_features=("asimd", "asimddp")).to_json()
+    edit_manifest(bundle, target=better)
+    assert "lacks asimddp, which code for rpi4 needs" in refused(bundle)
     edit_manifest(bundle, schema=99)
     assert "has the schema 99 and this program reads 2" in refused(bundle)
     edit_manifest(bundle, schema=2, versions={"apache-tvm": "0.26.0"})
@@ -315,13 +323,14 @@ def replace_library(bundle: Path, source: str, edit_manifest: Edit) -> None:
     edit_manifest(bundle, files=files)
 
 
-SVE = '__attribute__((constructor)) static void add(void) { asm(".inst 0x04a00000"); }'
-ABORT = 'extern "C" void abort(void); __attribute__((constructor)) static void f() { abort(); }'
+SVE = '__attribute__((constructor)) static void load() { asm(".inst 0x04a00000"); }'
+ABORT = "__attribute__((constructor)) static void load() { __builtin_abort(); }"
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [(SVE, "an instruction that QEMU's model cortex-a72 lacks"), (ABORT, "crashed .*SIGABRT")],
+    ids=["illegal instruction", "abort"],
 )
 def test_a_bundle_that_crashes(
     source: str, message: str, bundle: Path, small: tuple[Path, Path], edit_manifest: Edit
