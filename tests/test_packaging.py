@@ -116,6 +116,8 @@ def test_wheel_has_all_modules_and_nothing_bare(wheel):
     data |= {f"topiarist/compiler/report/{name}" for name in templates}
     example = ("run_bundle.cc", "CMakeLists.txt", "README.md")
     data |= {f"topiarist/deploy_cpp/{name}" for name in example}
+    boards = (ROOT / "targets" / "boards").glob("*.toml")
+    data |= {f"topiarist/targets/boards/{path.name}" for path in boards}
     assert expected | data <= set(names)
 
 
