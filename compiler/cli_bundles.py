@@ -127,7 +127,7 @@ def verify(
     from topiarist.compiler.verify import verify as compare
 
     manifest = read_manifest(bundle)
-    if target not in (None, manifest.target.name):
+    if target is not None and registry.get(target).name != manifest.target.name:
         raise BundleError(f"{bundle} was compiled for {manifest.target.name}, not for {target}")
     arrays = None if inputs is None else load_inputs(inputs, manifest.inputs)
     open_bundle: Callable[[Path | str], Runnable] = Session
