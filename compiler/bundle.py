@@ -123,6 +123,19 @@ def read_manifest(path: Path | str) -> Manifest:
         raise BundleError(f"{folder}/{MANIFEST} is damaged ({error!r}); {_AGAIN}") from error
 
 
+def check_bundle(path: Path | str) -> Manifest:
+    """The manifest of a bundle that is whole and of this version, whatever machine it is for.
+
+    Raises BundleError.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    _check_versions(folder, manifest)
+    for name in (LIBRARY, WEIGHTS):
+        _check_file(folder / name, manifest)
+    return manifest
+
+
 class OpenBundle:
     """A bundle that runs on this machine, its library checked, its weights mapped.
 
@@ -137,10 +150,7 @@ class OpenBundle:
             raise BundleError(f"{folder} can't run here: {reason}; {_elsewhere(self.manifest)}")
         _check_versions(folder, self.manifest)
         self._path = folder / WEIGHTS
-        with _readable(folder / LIBRARY) as library:
-            _check_size(library, self.manifest)
-            if hash_file(library) != self.manifest.files[LIBRARY].sha256:
-                raise _altered(library)
+        _check_file(folder / LIBRARY, self.manifest)
         with _readable(self._path), self._path.open("rb") as file:
             _check_size(self._path, self.manifest)
             # A private mapping: DLPack refuses read-only arrays, and nobody writes.
@@ -209,6 +219,13 @@ def _readable(path: Path) -> Iterator[Path]:
         yield path
     except OSError as error:
         raise BundleError(f"{path} can't be read ({error.strerror}); {_AGAIN}") from error
+
+
+def _check_file(path: Path, manifest: Manifest) -> None:
+    with _readable(path):
+        _check_size(path, manifest)
+        if hash_file(path) != manifest.files[path.name].sha256:
+            raise _altered(path)
 
 
 def _check_size(path: Path, manifest: Manifest) -> None:

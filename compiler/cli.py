@@ -14,6 +14,7 @@ from topiarist.compiler import (
     cli_models,
     cli_prune,
     cli_report,
+    cli_runtime,
     cli_targets,
     cli_tune,
 )
@@ -33,6 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+cli_targets.app.command("runtime")(cli_runtime.runtime)
 app.add_typer(cli_targets.app, name="targets")
 app.add_typer(cli_logs.app, name="log")
 app.add_typer(cli_latency.app, name="model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,15 +21,16 @@ from topiarist.compiler.cli_output import (
     print_table,
     say,
 )
+from topiarist.errors import BundleError
 from topiarist.targets import registry
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from topiarist.compiler.bench import BenchResult
     from topiarist.compiler.compiled import LayerChoice
     from topiarist.compiler.session import Session
-    from topiarist.compiler.verify import VerifyResult
+    from topiarist.compiler.verify import Runnable, VerifyResult
 
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE.topi", help="The bundle.")]
 
@@ -106,16 +108,34 @@ def verify(
     tolerance: Annotated[
         float, typer.Option(min=0, help="Largest difference, as a share of the output's range.")
     ] = 1e-4,
+    target: Annotated[
+        str | None, typer.Option(help="Refuse a bundle that was compiled for another target.")
+    ] = None,
+    emulate: Annotated[
+        bool, typer.Option("--emulate", help="Run it under QEMU, as its target would.")
+    ] = False,
+    runtime: Annotated[
+        Path | None, typer.Option(help="TVM's runtime for --emulate; default: of the wheels.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Compare a bundle's outputs with ONNX Runtime's; exit code 1 if they differ."""
     from topiarist.compiler.bundle import read_manifest
     from topiarist.compiler.input_data import load_inputs
+    from topiarist.compiler.session import Session
     from topiarist.compiler.verify import verify as compare
 
-    arrays = None if inputs is None else load_inputs(inputs, read_manifest(bundle).inputs)
-    result = compare(bundle, against, arrays, tolerance=tolerance)
+    manifest = read_manifest(bundle)
+    if target is not None and registry.get(target).name != manifest.target.name:
+        raise BundleError(f"{bundle} was compiled for {manifest.target.name}, not for {target}")
+    arrays = None if inputs is None else load_inputs(inputs, manifest.inputs)
+    open_bundle: Callable[[Path | str], Runnable] = Session
+    if emulate:
+        from topiarist.compiler.emulate import EmulatedSession
+
+        open_bundle = partial(EmulatedSession, runtime=runtime)
+    result = compare(bundle, against, arrays, tolerance=tolerance, open_bundle=open_bundle)
     if as_json:
         print_json(result.to_json())
     else:

@@ -66,6 +66,12 @@ class Manifest:
     network_us: float | None = None
     others: tuple[OtherWork, ...] = ()
 
+    @property
+    def batched(self) -> bool:
+        """Whether all inputs and outputs have the same first axis, taken for the batch."""
+        firsts = {s.shape[0] if s.shape else None for s in (*self.inputs, *self.outputs)}
+        return len(firsts) == 1 and None not in firsts and 0 not in firsts
+
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain JSON values."""
         return {"format": FORMAT, "schema": SCHEMA, **asdict(self)}

@@ -138,19 +138,17 @@ class Session:
             return 1
         batch = signature.shape[0] if signature.shape else 0
         fits = batch > 0 and array.shape[1:] == signature.shape[1:]
-        if not (fits and array.shape[0] > 0 and array.shape[0] % batch == 0 and self.batched):
-            several = f" (or a multiple of {batch} on the first axis)" if self.batched else ""
+        if not (
+            fits and array.shape[0] > 0 and array.shape[0] % batch == 0 and self.manifest.batched
+        ):
+            several = (
+                f" (or a multiple of {batch} on the first axis)" if self.manifest.batched else ""
+            )
             raise ValueError(
                 f"the input {signature.name!r} has the shape {list(array.shape)}; "
                 f"expected {list(signature.shape)}{several}"
             )
         return int(array.shape[0] // batch)
-
-    @property
-    def batched(self) -> bool:
-        """Whether all inputs and outputs have the same first axis, taken for the batch."""
-        firsts = {s.shape[0] if s.shape else None for s in (*self.inputs, *self.outputs)}
-        return len(firsts) == 1 and None not in firsts and 0 not in firsts
 
 
 def describe(signature: TensorSignature) -> str:

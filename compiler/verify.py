@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from topiarist.compiler import engines
 from topiarist.compiler.input_data import random_inputs
+from topiarist.compiler.manifest import Manifest
 from topiarist.compiler.session import Session
 from topiarist.errors import ModelError
 
@@ -45,22 +46,32 @@ class VerifyResult:
         }
 
 
+class Runnable(Protocol):
+    """A bundle that can be run: a `Session`, here or emulated."""
+
+    manifest: Manifest
+
+    def run(self, output_names: None, inputs: Mapping[str, Array]) -> list[Array]:
+        """All outputs, for any number of batches."""
+
+
 def verify(
     bundle_path: Path | str,
     model_path: Path | str,
     inputs: Mapping[str, Array] | None = None,
     *,
     tolerance: float = 1e-4,
+    open_bundle: Callable[[Path | str], Runnable] = Session,
 ) -> VerifyResult:
     """Run both on the same inputs, seeded standard normal ones by default.
 
     Passed means: all is finite and `max_rel <= tolerance`. Raises BundleError, ModelError, and
     ValueError for inputs that the network doesn't take.
     """
-    session = Session(bundle_path)
-    feeds = dict(inputs) if inputs is not None else _made_up(session)
+    session = open_bundle(bundle_path)
+    feeds = dict(inputs) if inputs is not None else _made_up(session.manifest)
     ours = session.run(None, feeds)
-    names = [s.name for s in session.outputs]
+    names = [s.name for s in session.manifest.outputs]
     theirs = reference_outputs(Path(model_path), names, feeds)
     return compare(ours, theirs, samples=_samples(feeds), tolerance=tolerance)
 
@@ -117,9 +128,9 @@ def _pieces(session: Any, feeds: Mapping[str, Array]) -> list[dict[str, Array]]:
     return [{n: a[start : start + batch] for n, a in feeds.items()} for start in starts]
 
 
-def _made_up(session: Session) -> dict[str, Array]:
-    batch = session.inputs[0].shape[0] if session.batched else SAMPLES
-    return random_inputs(session.inputs, chunks=max(1, SAMPLES // batch))
+def _made_up(manifest: Manifest) -> dict[str, Array]:
+    batch = manifest.inputs[0].shape[0] if manifest.batched else SAMPLES
+    return random_inputs(manifest.inputs, chunks=max(1, SAMPLES // batch))
 
 
 def _samples(feeds: Mapping[str, Array]) -> int:

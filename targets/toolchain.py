@@ -10,9 +10,11 @@ class Toolchain:
     """What a triple's programs are linked with, and run with on another machine.
 
     `prefix` starts the names of the GNU tools, `package` is Debian's package of them, `emulator`
-    QEMU's program for one process (in `emulator_package`), `sysroot` where the package puts the
-    machine's libraries. All of these are empty where only a vendor's kit has them (Android's NDK).
-    `machine` and `bits` are what the head of an ELF file has to say (`elf.py`).
+    QEMU's program for one process (in `emulator_package`), `plain_cpu` its name of a processor
+    that has only what all such machines have, `sysroot` where the package puts the machine's
+    libraries. All of these are empty where only a vendor's kit has them (Android's NDK).
+    `wheel_platform` is pip's name of the machine, where there are wheels of TVM for it. `machine`
+    and `bits` are what the head of an ELF file has to say (`elf.py`).
     """
 
     machine: str
@@ -21,7 +23,9 @@ class Toolchain:
     package: str = ""
     emulator: str = ""
     emulator_package: str = ""
+    plain_cpu: str = ""
     sysroot: str = ""
+    wheel_platform: str = ""
 
     @property
     def compiler(self) -> str:
@@ -36,7 +40,9 @@ AARCH64 = Toolchain(
     package="g++-aarch64-linux-gnu",
     emulator="qemu-aarch64",
     emulator_package="qemu-user",
+    plain_cpu="cortex-a53",
     sysroot="/usr/aarch64-linux-gnu",
+    wheel_platform="manylinux_2_28_aarch64",
 )
 ARM_HARD_FLOAT = Toolchain(
     machine="arm",

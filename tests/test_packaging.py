@@ -15,7 +15,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ("targets", "schedules", "tuning_logs", "pruning", "compiler")  # imports point left
-FOLDERS = {"topiarist": "topiarist", **{name: f"topiarist.{name}" for name in LAYERS}}
+EXAMPLE = "examples/deploy_cpp"
+FOLDERS = {
+    "topiarist": "topiarist",
+    EXAMPLE: "topiarist.deploy_cpp",
+    **{name: f"topiarist.{name}" for name in LAYERS},
+}
 
 
 MEASURED = "x86-sse4/packaged.jsonl"  # a tuning log put into the copy that a wheel is built from
@@ -109,6 +114,8 @@ def test_wheel_has_all_modules_and_nothing_bare(wheel):
     data = {"topiarist/py.typed", f"topiarist/tuning_logs/{MEASURED}"}
     templates = ("page.html", "charts.html", "style.css", "sort.js")
     data |= {f"topiarist/compiler/report/{name}" for name in templates}
+    example = ("run_bundle.cc", "CMakeLists.txt", "README.md")
+    data |= {f"topiarist/deploy_cpp/{name}" for name in example}
     boards = (ROOT / "targets" / "boards").glob("*.toml")
     data |= {f"topiarist/targets/boards/{path.name}" for path in boards}
     assert expected | data <= set(names)
