@@ -89,7 +89,7 @@ def _arm(target: TargetSpec) -> Core:
         dense_fma=fma,
         dense_load=load,
         latency=4.0,
-        transform=5 * load,
+        transform=1.5 + 4 * load,
         far_bytes=bandwidth / cluster.clock_ghz,
         nonzero_bytes=6.0,
     )
