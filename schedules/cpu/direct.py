@@ -354,9 +354,8 @@ def _sparse_body(k: _Kernel, ops: _Operands, weight: _Csr) -> Callable[[Any, Any
 
             def in_block(q: Any, first: bool, last: bool) -> None:
                 x_block = x_base + (group * k.group_in + q * k.config.in_block) * x_stride
-                if k.core.pairs:
-                    # `starts` begins with 0, which LLVM can't know: it would put the constants of
-                    # the first and the last block into every address, too large for pairs.
+                if k.core.opaque_base:
+                    # `starts` begins with 0, which LLVM can't know.
                     x_block = T.bind(T.max(x_block, weight.starts[0]))
                 with T.serial(0, chunk) as within:
                     visit = (group * k.in_blocks + q) * visits + split * chunk + within

@@ -130,7 +130,7 @@ class Estimator:
             weights = sum(divmod(weights, self.target.lanes))
         # The latency needs many accumulators in flight.
         loads = (vectors + weights) * core.dense_load
-        cycles = max(fmas * core.dense_fma, loads, core.latency)
+        cycles = max(fmas * core.dense_fma, loads, core.latency) + core.exposed * loads
         x_bytes = config.in_block * self.tile_bytes((config.rows, config.cols))
         if config.weights_outside:
             x_bytes = config.in_block * self.x.channel_stride * 4
@@ -176,7 +176,7 @@ def sparse_configs(estimate: Estimator) -> list[DirectConfig]:
 
 def block_configs(estimate: Estimator, block: int) -> list[DirectConfig]:
     """Configurations of the sparse kernel with `block` output channels, best estimate first."""
-    limit = (estimate.target.registers - 4) // block
+    limit = (estimate.target.registers - max(4, estimate.core.operands)) // block
     found = [
         DirectConfig(*tile, block, in_block)
         for tile in tiles(estimate.y.grid, limit)

@@ -387,9 +387,9 @@ class WinogradDense(ConvKernel[WinogradConfig]):
         frequencies = (config.rows + TAPS - 1) * (config.cols + TAPS - 1)
         tiles = w.batch * -(-grid.rows // config.rows) * -(-grid.cols // config.cols)
         fmas = config.block_tiles * config.out_block
-        loads = config.block_tiles + config.out_block
         core = core_of(site.target)
-        step = max(fmas * core.dense_fma, loads * _LOAD * core.dense_load, core.latency)
+        loads = (config.block_tiles + config.out_block) * core.dense_load
+        step = max(fmas * core.dense_fma, loads * _LOAD, core.latency) + core.exposed * loads
         products = frequencies * tiles * w.in_channels * w.out_channels / fmas * step
         transforms = core.transform * frequencies * tiles * (w.in_channels + w.out_channels)
         weights = frequencies * w.in_channels * w.out_channels * 4
