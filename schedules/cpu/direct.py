@@ -346,6 +346,7 @@ def _sparse_body(k: _Kernel, ops: _Operands, weight: _Csr) -> Callable[[Any, Any
     visits = k.group_out // block
     chunk = visits // k.splits()
     x_stride, y_stride = k.views.x.layout.channel_stride, k.views.y.layout.channel_stride
+    index = "int64" if k.core.opaque_base else "int32"
 
     def tile(image: Any, ty: Any, tx: Any, split: Any) -> None:
         y_base, x_base = k.y_at(image, ty, tx), k.x_at(image, ty, tx)
@@ -356,7 +357,7 @@ def _sparse_body(k: _Kernel, ops: _Operands, weight: _Csr) -> Callable[[Any, Any
                 x_block = x_base + (group * k.group_in + q * k.config.in_block) * x_stride
                 if k.core.opaque_base:
                     # `starts` begins with 0, which LLVM can't know.
-                    x_block = T.bind(T.max(x_block, weight.starts[0]))
+                    x_block = T.bind(T.cast(T.max(x_block, weight.starts[0]), "int64"))
                 with T.serial(0, chunk) as within:
                     visit = (group * k.in_blocks + q) * visits + split * chunk + within
                     k.fetch_input(ops.x, x_block + k.config.in_block * x_stride, within, chunk)
@@ -369,7 +370,7 @@ def _sparse_body(k: _Kernel, ops: _Operands, weight: _Csr) -> Callable[[Any, Any
                     begin = T.bind(weight.starts[visit])
                     weight.fetch(begin + NONZEROS_AHEAD, block)
                     with T.serial(0, weight.starts[visit + 1] - begin) as j:
-                        tap = x_block + T.cast(weight.offsets[begin + j], "int32") * k.lanes
+                        tap = x_block + T.cast(weight.offsets[begin + j], index) * k.lanes
                         k.multiply(sums, (weight.values, (begin + j) * block), (ops.x, tap))
                     for a in range(block):
                         k.store(ops.y, at[a], sums[a], last)
