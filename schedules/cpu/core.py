@@ -25,6 +25,7 @@ class Core:
     opaque_base: bool
     operands: int
     line_requests: bool
+    tile_vectors: int  # of a tile in memory: larger ones spread a channel over more cache lines
     cycles_per_us: float
     load: float  # a vector of the input that serves one multiply-add
     l2_load: float  # beyond that, from the second-level cache
@@ -46,6 +47,7 @@ _X86 = Core(
     opaque_base=False,
     operands=2,
     line_requests=False,
+    tile_vectors=14,
     cycles_per_us=3000.0,
     load=1.0,
     l2_load=0.7,
@@ -81,11 +83,13 @@ def _arm(target: TargetSpec) -> Core:
     fma = 1 / (target.fma_per_cycle or 1.0)
     load = max(fma, 1 / _MOST_LOADS)
     in_order = target.out_of_order is False
+    tile = target.registers // 2 if in_order else target.registers - 4
     return Core(
         lane_fma=target.lane_fma,
         opaque_base=True,
-        operands=target.registers // 2 if in_order else 4,
+        operands=target.registers - tile,
         line_requests=True,
+        tile_vectors=tile,
         cycles_per_us=clock_ghz * 1000,
         load=1.15 * load if in_order else load,
         l2_load=(2.0 if in_order else 1.0) * load,
