@@ -26,6 +26,7 @@ from topiarist.compiler.recorded import Device, Recorded, strip
 from topiarist.errors import BuildError, MissingRecordsError, TopiaristError
 from topiarist.pruning.patterns import find_pattern
 from topiarist.schedules.cpu import linear, relayout
+from topiarist.schedules.cpu.core import core_of
 from topiarist.schedules.cpu.kernels import MAX_SPARSE_DENSITY
 from topiarist.schedules.kernel import ConvKernel, ConvSite, ConvViews, KernelConfig
 from topiarist.schedules.kernels import CONV_KERNELS
@@ -159,10 +160,11 @@ def conv_views(node: Conv, layouts: LayoutPlan) -> ConvViews:
     return ConvViews(x, y, residual[0] if residual else None)
 
 
-def layout_plans(graph: Graph, lanes: int, count: int = ASSIGNMENTS) -> list[LayoutPlan]:
+def layout_plans(graph: Graph, target: TargetSpec, count: int = ASSIGNMENTS) -> list[LayoutPlan]:
     """The layouts of all values, for each of the `count` cheapest lattice assignments."""
-    assignments = assign_lattices(find_levels(graph, lanes), count)
-    return [LayoutPlanner(graph, lattices).plan() for lattices in assignments or [{}]]
+    assignments = assign_lattices(find_levels(graph, target.lanes), count)
+    tile = core_of(target).tile_vectors
+    return [LayoutPlanner(graph, lattices, tile).plan() for lattices in assignments or [{}]]
 
 
 def alike(workload: ConvWorkload, views: ConvViews) -> Hashable:
@@ -222,12 +224,12 @@ class Chooser:
         Where earlier trials have settled whole plans, the others are not measured any more.
         """
         count = 1 if self.mode == "estimate" and self.predictor is None else ASSIGNMENTS
-        layouts = layout_plans(self.graph, self.target.lanes, count)
+        layouts = layout_plans(self.graph, self.target, count)
         plans: list[Plan] = []
         if self.mode == "measure" and self.recorded is not None and not self.dense:
             plans = [plan for plan in self._as_strict()._complete(layouts)[0] if plan.settled]
         if self.mode == "estimate" and self.recorded is not None:
-            plans = self._as_strict()._complete(layout_plans(self.graph, self.target.lanes))[0]
+            plans = self._as_strict()._complete(layout_plans(self.graph, self.target))[0]
         if not plans:
             plans, missing = self._complete(layouts)
             if not plans:

@@ -24,7 +24,6 @@ from topiarist.compiler.lattice import Lattice, laned_values, largest_tile, stri
 from topiarist.schedules.layout import Halo, LaneLayout, PlainLayout, halo_of_taps
 from topiarist.schedules.layout import View as ChannelView
 
-TILE_VECTORS = 14  # larger storage tiles spread a channel over more cache lines than a tile reads
 NO_HALO: Halo = (0, 0, 0, 0)
 NEGATIVE_INFINITY = float("-inf")
 
@@ -110,9 +109,15 @@ def never_negative(graph: Graph) -> set[str]:
 class LayoutPlanner:
     """Gives every value its place, for one choice of lattices."""
 
-    def __init__(self, graph: Graph, lattices: dict[str, Lattice]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        lattices: dict[str, Lattice],
+        tile_vectors: int,
+    ) -> None:
         self.graph = graph
         self.lattices = lattices
+        self.tile_vectors = tile_vectors
         self.laned = laned_values(graph)
         self.nonnegative = never_negative(graph)
         self.producer = {node.output: node for node in graph.nodes}
@@ -248,7 +253,8 @@ class LayoutPlanner:
         grid = want.lattice.grid(shape[2], shape[3])
         if want.padded:
             return LaneLayout(shape[1], grid, want.halo, None, want.fill)
-        return LaneLayout(shape[1], grid, NO_HALO, largest_tile(grid.rows, grid.cols, TILE_VECTORS))
+        tile = largest_tile(grid.rows, grid.cols, self.tile_vectors)
+        return LaneLayout(shape[1], grid, NO_HALO, tile)
 
     def _read(
         self,

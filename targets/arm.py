@@ -52,17 +52,23 @@ FEATURES = {
 }
 
 
-def tvm_target(triple: str, mcpu: str, features: Sequence[str], cores: int) -> dict[str, Any]:
-    """The TVM target. An extension that is not named is off, whatever LLVM knows of the core."""
+def tvm_target(triple: str, cluster: Cluster, features: Sequence[str]) -> dict[str, Any]:
+    """The TVM target. An extension that is not named is off, whatever LLVM knows of the core.
+
+    Where a core works in order, LLVM shall not pair loads: it would do so after it has moved them
+    away from where their values are used, and back (measured by llvm-mca, `docs/arm.md`).
+    """
     isa = SETS[triple]
     known = FEATURES if isa is NEON else {}
     extensions = [f"{'+' if n in features else '-'}{f.llvm}" for n, f in known.items()]
+    if isa is NEON and cluster.out_of_order is False:
+        extensions.append("+slow-paired-128")
     return {
         "kind": "llvm",
         "mtriple": triple,
-        "mcpu": mcpu,
+        "mcpu": cluster.mcpu,
         "mattr": [*isa.attributes, *extensions],
-        "num-cores": cores,
+        "num-cores": cluster.cores,
         **({"mfloat-abi": isa.float_abi} if isa.float_abi else {}),
     }
 
@@ -98,7 +104,7 @@ def target(
         l1d_bytes=cache_bytes[0],
         l2_bytes=cache_bytes[1],
         l3_bytes=cache_bytes[2],
-        tvm_target=tvm_target(triple, fastest.mcpu, features, fastest.cores),
+        tvm_target=tvm_target(triple, fastest, features),
         required_features=required_flags(triple, features),
         device_model=model,
         peak_gflops=peak_gflops(isa, fastest),

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from topiarist.schedules.cpu import emit
 
 LINE = 16  # values of a cache line
+
+
+def one_per_unit(steps: Iterable[int], unit: int) -> list[int]:
+    """The positions that lie `unit` or more behind the one taken before them."""
+    taken: list[int] = []
+    for step in steps:
+        if not taken or abs(step - taken[-1]) >= unit:
+            taken.append(step)
+    return taken
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tvm.script.ir_builder import tirx as T
 
 from topiarist.schedules.cpu import direct, emit, space
+from topiarist.schedules.cpu.core import core_of
 from topiarist.schedules.cpu.direct import DirectConfig
 from topiarist.schedules.kernel import ConvKernel, ConvSite, KernelConfig, Packed
 from topiarist.schedules.workload import ConvWorkload
@@ -67,7 +68,7 @@ class Depthwise(ConvKernel[DepthwiseConfig]):
     def fits(self, site: ConvSite, config: DepthwiseConfig) -> bool:
         """Whether the configuration works between these layouts."""
         return direct.refuses_views(site.workload, site.views) is None and (
-            direct.make_kernel(site.workload, _shared(config), site.views, site.threads) is not None
+            direct.make_kernel(site, _shared(config)) is not None
         )
 
     def estimate_us(self, site: ConvSite, config: DepthwiseConfig) -> float:
@@ -78,10 +79,12 @@ class Depthwise(ConvKernel[DepthwiseConfig]):
         taps = w.kernel[0] * w.kernel[1]
         repeats = 1 if config.unrolled else w.kernel[0] / w.strides[0]
         loads = spans[0] * spans[1] * repeats
-        # The latency of four cycles needs eight accumulators in flight.
-        busy = max(vectors * taps / 2, loads / 2, taps * 4.0)
+        core = core_of(site.target)
+        read = loads * core.dense_load
+        # The latency needs many accumulators in flight.
+        busy = max(vectors * taps * core.dense_fma, read, taps * core.latency)
         tiles = w.batch * w.out_channels * grid.rows * grid.cols / vectors
-        return tiles * (busy + loads / 4 + vectors + 8) / space.CYCLES_PER_US
+        return tiles * (busy + read / 2 + vectors + 8) / core.cycles_per_us
 
     def pack(self, site: ConvSite, config: DepthwiseConfig, weight: NDArray[np.float32]) -> Packed:
         """The weight, channel by channel."""
@@ -111,7 +114,7 @@ def _shared(config: DepthwiseConfig) -> DirectConfig:
 
 
 def _loops(site: ConvSite, config: DepthwiseConfig) -> direct._Kernel:
-    kernel = direct.make_kernel(site.workload, _shared(config), site.views, site.threads)
+    kernel = direct.make_kernel(site, _shared(config))
     if kernel is None:
         raise ValueError(f"{config} does not fit {site.views.x.layout} -> {site.views.y.layout}")
     return kernel
@@ -147,8 +150,8 @@ class _Bands:
                 self._tile(direct._Where(image, band, col), channel, kept)
 
     def _weights(self, first: Any, count: int) -> list[Any]:
-        lanes = self.k.lanes
-        return [T.bind(emit.splat(self.weights[first + i], lanes)) for i in range(count)]
+        lanes, by_lane = self.k.lanes, self.k.core.lane_fma
+        return [T.bind(w) for w in emit.splats(self.weights, first, count, lanes, by_lane)]
 
     def _tile(self, where: direct._Where, channel: Any, kept: list[Any]) -> None:
         k, (kh, kw) = self.k, self.k.workload.kernel

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from tvm.script.ir_builder import tirx as T
 
 from topiarist.schedules.cpu import emit
-from topiarist.schedules.cpu.ahead import LINE, Ahead
-from topiarist.schedules.kernel import ConvViews, KernelConfig
+from topiarist.schedules.cpu.ahead import LINE, Ahead, one_per_unit
+from topiarist.schedules.cpu.core import Core, core_of
+from topiarist.schedules.kernel import ConvSite, ConvViews, KernelConfig
 from topiarist.schedules.layout import (
     Halo,
     LaneLayout,
@@ -32,7 +33,7 @@ from topiarist.schedules.workload import ConvWorkload
 FloatArray = NDArray[np.float32]
 MAX_OFFSET = 1 << 16
 NONZEROS_AHEAD = 256
-MOST_FETCHED = 16  # vectors of input asked for ahead in a visit
+MOST_FETCHED = 16  # requests for input in a visit
 FETCHED_AHEAD = 4  # visits
 EVEN = 1.05  # the busiest thread's share of tasks, relative to an even one, that is good enough
 
@@ -157,10 +158,16 @@ class _Kernel:
     views: ConvViews
     geometry: _Geometry
     threads: int
+    core: Core
 
     @property
     def lanes(self) -> int:
         return self.views.y.layout.grid.lanes
+
+    @property
+    def request(self) -> int:
+        """Values that one request brings."""
+        return max(LINE, self.lanes) if self.core.line_requests else self.lanes
 
     @property
     def group_in(self) -> int:
@@ -273,7 +280,7 @@ class _Kernel:
         visits = self.workload.groups * self.in_blocks * self.group_out // self.config.out_block
         later = T.cast(order[T.min(visit + FETCHED_AHEAD, visits - 1)], "int32")
         at = T.bind(group_at + later * self.views.y.layout.channel_stride)
-        for step in self.steps(self.geometry.y):
+        for step in one_per_unit(self.steps(self.geometry.y), self.request):
             emit.prefetch(y, at + step)
 
     def fetch_input(self, x: Any, next_block: Any, visit: Any, visits: int) -> None:
@@ -284,10 +291,21 @@ class _Kernel:
         layout = self.views.x.layout
         if self.in_blocks == 1 or (layout.tile is None and self.geometry.tiles != (1, 1)):
             return
-        vectors = self.config.in_block * layout.channel_stride // self.lanes
-        share = -(-vectors // visits)
+        requests = self.config.in_block * layout.channel_stride // self.request
+        share = -(-requests // visits)
         for i in range(share if share <= MOST_FETCHED else 0):
-            emit.prefetch(x, next_block + (visit * share + i) * self.lanes)
+            emit.prefetch(x, next_block + (visit * share + i) * self.request)
+
+    def multiply(
+        self, sums: list[list[Any]], weights: tuple[Any, Any], inputs: tuple[Any, Any]
+    ) -> None:
+        """sums[a][v] += weights[at + a] * x[tap + v]; each operand as (buffer, position)."""
+        (buffer, at), (x, tap) = weights, inputs
+        found = emit.splats(buffer, at, len(sums), self.lanes, self.core.lane_fma)
+        for row, weight in zip(sums, found, strict=True):
+            for total, step in zip(row, self.steps(self.geometry.x), strict=True):
+                read = x[emit.ramp(tap + step, self.lanes)]
+                emit.assign(total, emit.value_of(total) + weight * read)
 
     def store(self, y: Any, at: Any, sums: list[Any], last: bool) -> None:
         """Write a tile of one channel, clamped when it is complete."""
@@ -297,12 +315,13 @@ class _Kernel:
             T.buffer_store(y, value, [emit.ramp(at + step, self.lanes)])
 
 
-def make_kernel(
-    workload: ConvWorkload, config: DirectConfig, views: ConvViews, threads: int
-) -> _Kernel | None:
+def make_kernel(site: ConvSite, config: DirectConfig) -> _Kernel | None:
     """The kernel's loops, None where the tile does not fit the layouts."""
-    geometry = _geometry(workload, config, views)
-    return None if geometry is None else _Kernel(workload, config, views, geometry, threads)
+    geometry = _geometry(site.workload, config, site.views)
+    if geometry is None:
+        return None
+    core = core_of(site.target)
+    return _Kernel(site.workload, config, site.views, geometry, site.threads, core)
 
 
 @dataclass(frozen=True)
@@ -327,7 +346,7 @@ def _sparse_body(k: _Kernel, ops: _Operands, weight: _Csr) -> Callable[[Any, Any
     visits = k.group_out // block
     chunk = visits // k.splits()
     x_stride, y_stride = k.views.x.layout.channel_stride, k.views.y.layout.channel_stride
-    x_steps = k.steps(k.geometry.x)
+    index = "int64" if k.core.opaque_base else "int32"
 
     def tile(image: Any, ty: Any, tx: Any, split: Any) -> None:
         y_base, x_base = k.y_at(image, ty, tx), k.x_at(image, ty, tx)
@@ -336,6 +355,9 @@ def _sparse_body(k: _Kernel, ops: _Operands, weight: _Csr) -> Callable[[Any, Any
 
             def in_block(q: Any, first: bool, last: bool) -> None:
                 x_block = x_base + (group * k.group_in + q * k.config.in_block) * x_stride
+                if k.core.opaque_base:
+                    # `starts` begins with 0, which LLVM can't know.
+                    x_block = T.bind(T.cast(T.max(x_block, weight.starts[0]), "int64"))
                 with T.serial(0, chunk) as within:
                     visit = (group * k.in_blocks + q) * visits + split * chunk + within
                     k.fetch_input(ops.x, x_block + k.config.in_block * x_stride, within, chunk)
@@ -348,12 +370,8 @@ def _sparse_body(k: _Kernel, ops: _Operands, weight: _Csr) -> Callable[[Any, Any
                     begin = T.bind(weight.starts[visit])
                     weight.fetch(begin + NONZEROS_AHEAD, block)
                     with T.serial(0, weight.starts[visit + 1] - begin) as j:
-                        tap = x_block + T.cast(weight.offsets[begin + j], "int32") * k.lanes
-                        for a in range(block):
-                            value = emit.splat(weight.values[(begin + j) * block + a], k.lanes)
-                            for total, step in zip(sums[a], x_steps, strict=True):
-                                read = ops.x[emit.ramp(tap + step, k.lanes)]
-                                emit.assign(total, emit.value_of(total) + value * read)
+                        tap = x_block + T.cast(weight.offsets[begin + j], index) * k.lanes
+                        k.multiply(sums, (weight.values, (begin + j) * block), (ops.x, tap))
                     for a in range(block):
                         k.store(ops.y, at[a], sums[a], last)
 
@@ -503,7 +521,6 @@ class _DenseLoops:
         sums = [k.load(ops, at[a], where, channel + a, step.first) for a in range(size)]
         block = (step.group * k.in_blocks + step.q) * k.group_out + first_channel
         w_block = block * k.config.in_block * kh * kw
-        x_steps = k.steps(k.geometry.x)
         ahead = Ahead.of(k.config.in_block, kh * kw * size, step.turns)
         with T.serial(0, k.config.in_block // ahead.channels) as part:
             ahead.emit(self.weights, w_block, step.turn, part)
@@ -515,11 +532,7 @@ class _DenseLoops:
                 c = part * ahead.channels + within
                 tap = x_block + c * x_stride + ky * row_tap + kx * col_tap
                 w_at = w_block + ((c * kh + ky) * kw + kx) * size
-                for a in range(size):
-                    weight = emit.splat(self.weights[w_at + a], k.lanes)
-                    for total, x_step in zip(sums[a], x_steps, strict=True):
-                        read = ops.x[emit.ramp(tap + x_step, k.lanes)]
-                        emit.assign(total, emit.value_of(total) + weight * read)
+                k.multiply(sums, (self.weights, w_at), (ops.x, tap))
         for a in range(size):
             k.store(ops.y, at[a], sums[a], step.last)
 

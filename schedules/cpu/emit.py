@@ -50,6 +50,20 @@ def splat(value: Any, lanes: int) -> Any:
     return T.broadcast(T.float32(value) if isinstance(value, float | int) else value, lanes)
 
 
+def splats(buffer: Any, at: Any, count: int, lanes: int, by_lane: bool) -> list[Any]:
+    """`count` consecutive values, each in all lanes.
+
+    `by_lane`: whole vectors are read at once, and each use picks one of their lanes, which 64-bit
+    ARM's multiply-adds do by themselves.
+    """
+    if not by_lane:
+        return [splat(buffer[at + a], lanes) for a in range(count)]
+    whole = count - count % lanes
+    read = [T.bind(buffer[ramp(at + first, lanes)]) for first in range(0, whole, lanes)]
+    picked = [tirx.Shuffle([read[a // lanes]], [a % lanes]) for a in range(whole)]
+    return [splat(value, lanes) for value in picked + [buffer[at + a] for a in range(whole, count)]]
+
+
 def gather(buffer: Any, base: Any, index: Any, lanes: int, fill: float = 0.0) -> Any:
     """buffer[base + index] for a vector of int32; `fill` in lanes with a negative index.
 

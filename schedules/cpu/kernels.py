@@ -23,11 +23,11 @@ class _Direct(ConvKernel[DirectConfig]):
         """Whether the configuration works between these layouts."""
         if direct.refuses_views(site.workload, site.views) is not None:
             return False
-        return direct.make_kernel(site.workload, config, site.views, site.threads) is not None
+        return direct.make_kernel(site, config) is not None
 
 
 def _loops(site: ConvSite, config: DirectConfig) -> direct._Kernel:
-    kernel = direct.make_kernel(site.workload, config, site.views, site.threads)
+    kernel = direct.make_kernel(site, config)
     if kernel is None:
         x, y = site.views.x.layout, site.views.y.layout
         raise ValueError(f"{config} does not fit {x} -> {y}")
@@ -53,7 +53,8 @@ class DirectSparse(_Direct):
 
     def estimate_us(self, site: ConvSite, config: DirectConfig) -> float:
         """Nonzeros, ends of rows and cache misses."""
-        return space.Estimator.of(site).sparse_cycles(config) / space.CYCLES_PER_US
+        estimator = space.Estimator.of(site)
+        return estimator.sparse_cycles(config) / estimator.core.cycles_per_us
 
     def pack(self, site: ConvSite, config: DirectConfig, weight: NDArray[np.float32]) -> Packed:
         """values, offsets, starts."""
@@ -118,7 +119,8 @@ class DirectDense(_Direct):
 
     def estimate_us(self, site: ConvSite, config: DirectConfig) -> float:
         """Multiply-adds, loads and cache misses."""
-        return space.Estimator.of(site).dense_cycles(config) / space.CYCLES_PER_US
+        estimator = space.Estimator.of(site)
+        return estimator.dense_cycles(config) / estimator.core.cycles_per_us
 
     def pack(self, site: ConvSite, config: DirectConfig, weight: NDArray[np.float32]) -> Packed:
         """The blocked weight."""

@@ -9,22 +9,16 @@ import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
+from topiarist.schedules.cpu.core import Core, core_of
 from topiarist.schedules.cpu.direct import MAX_OFFSET, DirectConfig
 from topiarist.schedules.kernel import ConvSite
 from topiarist.schedules.layout import Grid, LaneLayout
 from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets.spec import TargetSpec
 
-CYCLES_PER_US = 3000.0  # a nominal clock, to state estimates in microseconds
-# Fitted to 500 timed configurations of 16 layers at 90 % zeros with 16 lanes. A vector of the input
-# takes a cycle to load, and more the more a block's reads exceed the first-level cache.
-NONZERO_CYCLES = 1.2  # index and broadcast of one nonzero
-VISIT_CYCLES = 3.0  # per vector of a tile, which a visit to a row loads and stores
-L2_LOAD_CYCLES = 0.7  # beyond those from the first level
 FAR_FROM_L1 = 1.75  # times its size: where half of that shows
-FMA_CYCLES = 0.55
-FAR_BYTES_PER_CYCLE = 8.0  # from beyond the second-level cache, in order
 DENSE_MISS_CYCLES = 0.3  # per vector read in order: the prefetcher hides most of it
 SMALLEST_TILE = 2
 DENSE_SHARES = (0.5, 1, 6)  # of the first-level cache, which a block of input channels may fill
@@ -54,6 +48,11 @@ class Estimator:
     def of(site: ConvSite) -> Estimator:
         """The estimator of a layer in its place."""
         return Estimator(site.workload, site.target, site.views.x.layout, site.views.y.layout)
+
+    @cached_property
+    def core(self) -> Core:
+        """The target's core."""
+        return core_of(self.target)
 
     def tile_bytes(self, tile: tuple[int, int]) -> int:
         """Bytes of one input channel that a tile reads."""
@@ -94,7 +93,7 @@ class Estimator:
 
     def sparse_cycles(self, config: DirectConfig) -> float:
         """The CSR form."""
-        w = self.workload
+        w, core = self.workload, self.core
         tile = (config.rows, config.cols)
         vectors = config.rows * config.cols
         grid = self.y.grid
@@ -108,25 +107,30 @@ class Estimator:
         nonzeros = rows * taps * union
         near = self.target.l1d_bytes * FAR_FROM_L1
         share = (config.in_block * self.tile_bytes(tile) / near) ** 3
-        load = vectors * (1 + L2_LOAD_CYCLES * share / (1 + share))
-        fma = vectors * config.out_block * FMA_CYCLES
+        load = vectors * (core.load + core.l2_load * share / (1 + share))
+        fma = vectors * config.out_block * core.fma
         if config.out_block > 1:
             # Its inputs are in registers too, beside a weight; what does not fit, spills.
             fma += max(0, vectors * (config.out_block + 1) + 1 - self.target.registers)
-        visit = VISIT_CYCLES * vectors * config.out_block
-        return tiles_all * (nonzeros * (NONZERO_CYCLES + max(load, fma)) + rows * in_blocks * visit)
+        visit = core.visit * vectors * config.out_block
+        work = tiles_all * (nonzeros * (core.nonzero + max(load, fma)) + rows * in_blocks * visit)
+        return work + nonzeros * config.out_block * core.nonzero_bytes / core.far_bytes
 
     def dense_cycles(self, config: DirectConfig) -> float:
         """The dense form."""
-        w = self.workload
+        w, core = self.workload, self.core
         vectors = config.rows * config.cols
         grid = self.y.grid
         tiles_all = w.batch * grid.rows * grid.cols / vectors
         blocks = w.out_channels / config.out_block
         taps = w.in_channels // w.groups * w.kernel[0] * w.kernel[1]
         fmas = vectors * config.out_block
-        # The latency of four cycles needs eight accumulators in flight.
-        cycles = max(fmas / 2, (vectors + config.out_block) / 2, 4.0)
+        weights = config.out_block
+        if core.lane_fma:
+            weights = sum(divmod(weights, self.target.lanes))
+        # The latency needs many accumulators in flight.
+        loads = (vectors + weights) * core.dense_load
+        cycles = max(fmas * core.dense_fma, loads, core.latency) + core.exposed * loads
         x_bytes = config.in_block * self.tile_bytes((config.rows, config.cols))
         if config.weights_outside:
             x_bytes = config.in_block * self.x.channel_stride * 4
@@ -135,18 +139,32 @@ class Estimator:
         work = tiles_all * blocks * (taps * cycles + in_blocks * 1.5 * fmas)
         return work + self._weight_cycles(1 if config.weights_outside else tiles_all)
 
+    def fits_registers(self, config: DirectConfig) -> bool:
+        """Whether the dense form does without spills.
+
+        LLVM unrolls the taps of a row and keeps what they share of the input; where it has to load
+        an input before it multiplies, that takes registers.
+        """
+        if not self.core.lane_fma:
+            return True
+        w = self.workload
+        span = (config.cols - 1) * w.strides[1] + (w.kernel[1] - 1) * w.dilation[1] + 1
+        weights = sum(divmod(config.out_block, self.target.lanes))
+        sums = config.rows * config.cols * config.out_block
+        return sums + config.rows * span + weights <= self.target.registers
+
     def _weight_cycles(self, times: float) -> float:
         """Reading the dense weights in order so many times, beyond what the prefetcher hides."""
         w = self.workload
         size = w.out_channels * w.in_channels // w.groups * w.kernel[0] * w.kernel[1] * 4
         if size <= 0.5 * self.target.l2_bytes:
             return 0.0
-        return times * size / FAR_BYTES_PER_CYCLE
+        return times * size / self.core.far_bytes
 
 
 def sparse_configs(estimate: Estimator) -> list[DirectConfig]:
     """Configurations of the sparse kernel with one output channel, best estimate first."""
-    limit = estimate.target.registers - 2
+    limit = estimate.target.registers - estimate.core.operands
     found = [
         DirectConfig(*tile, 1, block)
         for tile in tiles(estimate.y.grid, limit)
@@ -158,7 +176,7 @@ def sparse_configs(estimate: Estimator) -> list[DirectConfig]:
 
 def block_configs(estimate: Estimator, block: int) -> list[DirectConfig]:
     """Configurations of the sparse kernel with `block` output channels, best estimate first."""
-    limit = (estimate.target.registers - 4) // block
+    limit = (estimate.target.registers - max(4, estimate.core.operands)) // block
     found = [
         DirectConfig(*tile, block, in_block)
         for tile in tiles(estimate.y.grid, limit)
@@ -180,6 +198,8 @@ def dense_configs(estimate: Estimator) -> list[DirectConfig]:
         for tile in tiles(estimate.y.grid, limit):
             for block in estimate.in_blocks(tile, DENSE_SHARES):
                 in_block = _divisor(group_in, block)
+                if not estimate.fits_registers(DirectConfig(*tile, out_block, in_block)):
+                    continue
                 found.add(DirectConfig(*tile, out_block, in_block))
                 if workload.groups == 1:
                     found.add(DirectConfig(*tile, out_block, in_block, weights_outside=True))

@@ -19,8 +19,8 @@ from tvm.script.ir_builder import tirx as T
 
 from topiarist.schedules.cpu import emit
 from topiarist.schedules.cpu.ahead import Ahead
+from topiarist.schedules.cpu.core import Core, core_of
 from topiarist.schedules.cpu.direct import refuses_views
-from topiarist.schedules.cpu.space import CYCLES_PER_US
 from topiarist.schedules.kernel import ConvKernel, ConvSite, KernelConfig, Packed
 from topiarist.schedules.layout import View
 from topiarist.schedules.workload import ConvWorkload
@@ -31,7 +31,8 @@ TAPS = 3
 # ResNet-50 and VGG16 with normal weights.
 _ADDED_ERROR = {1: 0.0, 2: 1e-6, 4: 1e-5}
 _SKEW_BYTES = 4096  # planes at a multiple of this share few cache sets
-_MOVED_BYTES_PER_CYCLE = 6.0  # transformed weights, from beyond the second-level cache
+_MOVED_SHARE = 0.75  # of what a core reads in order, for transformed weights
+_LOAD = 1.6  # a load relative to those of the direct form
 
 FloatArray = NDArray[np.float32]
 Vectors = list[Any]
@@ -158,6 +159,7 @@ class _Winograd:
     residual: View | None
     in_place: bool
     threads: int
+    core: Core
     config: WinogradConfig
 
     @property
@@ -276,8 +278,9 @@ class _Winograd:
             ahead.emit(weight, u_at, part, chunk)
             with T.serial(0, ahead.channels) as within:
                 k = chunk * ahead.channels + within
-                for a, row in enumerate(sums):
-                    factor = emit.splat(weight[u_at + k * len(sums) + a], lanes)
+                at = u_at + k * len(sums)
+                factors = emit.splats(weight, at, len(sums), lanes, self.core.lane_fma)
+                for factor, row in zip(factors, sums, strict=True):
                     for t, total in enumerate(row):
                         read = v[emit.ramp(v_at + (k * c.tiles + t) * lanes, lanes)]
                         emit.assign(total, emit.value_of(total) + factor * read)
@@ -384,17 +387,18 @@ class WinogradDense(ConvKernel[WinogradConfig]):
         frequencies = (config.rows + TAPS - 1) * (config.cols + TAPS - 1)
         tiles = w.batch * -(-grid.rows // config.rows) * -(-grid.cols // config.cols)
         fmas = config.block_tiles * config.out_block
-        loads = config.block_tiles + config.out_block
-        step = max(fmas / 2, loads * 0.8, 4.0)
+        core = core_of(site.target)
+        loads = (config.block_tiles + config.out_block) * core.dense_load
+        step = max(fmas * core.dense_fma, loads * _LOAD, core.latency) + core.exposed * loads
         products = frequencies * tiles * w.in_channels * w.out_channels / fmas * step
-        transforms = 3.0 * frequencies * tiles * (w.in_channels + w.out_channels)
+        transforms = core.transform * frequencies * tiles * (w.in_channels + w.out_channels)
         weights = frequencies * w.in_channels * w.out_channels * 4
         rounds = tiles / config.tiles
         near = 0.5 * site.target.l2_bytes
-        reads = weights * rounds / _MOVED_BYTES_PER_CYCLE if weights > near else 0.0
+        reads = weights * rounds / (_MOVED_SHARE * core.far_bytes) if weights > near else 0.0
         work = frequencies * config.tiles * site.target.lanes * 4 * (w.in_channels + w.out_channels)
         spill = 1.3 if work > site.target.l2_bytes else 1.0
-        return (max(products, reads) + transforms * spill) / CYCLES_PER_US
+        return (max(products, reads) + transforms * spill) / core.cycles_per_us
 
     def added_error(self, config: WinogradConfig) -> float:
         """That of the larger tile edge."""
@@ -443,6 +447,7 @@ def _loops(site: ConvSite, config: WinogradConfig) -> _Winograd | None:
         views.residual,
         views.in_place,
         site.threads,
+        core_of(site.target),
         config,
     )
     grid = views.y.layout.grid

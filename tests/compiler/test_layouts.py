@@ -27,7 +27,7 @@ from topiarist.schedules.layout import View
 def planned(name: str, lanes: int) -> tuple[Graph, LayoutPlan]:
     graph = simplify(extract_layers(import_model(light_model(name))))
     (lattices, *_) = assign_lattices(find_levels(graph, lanes), 1)
-    return graph, LayoutPlanner(graph, lattices).plan()
+    return graph, LayoutPlanner(graph, lattices, 14).plan()
 
 
 @pytest.mark.parametrize("name", ["resnet50", "squeezenet", "shufflenet"])

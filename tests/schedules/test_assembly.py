@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 import pytest
-import tvm
 
+from tests.schedules.assembly import assembly_of, innermost
 from tests.schedules.building import NAME
 from tests.schedules.kernel_contract import ConvCase, fitting, make_problem, site_of
 from topiarist.schedules.cpu.linear import (
@@ -28,20 +28,12 @@ DEPTHWISE = ConvCase(channels=32, outputs=32, groups=32, density=1.0)
 
 def inner_loops(function: Any, target: TargetSpec) -> list[list[str]]:
     """The instructions of each innermost loop with fused multiply-adds of whole vectors."""
-    module = tvm.IRModule({NAME: function})
-    built = tvm.compile(module, target=tvm.target.Target(target.tvm_target))
-    assembly = built.mod.inspect_source("asm")
-    body = assembly[assembly.index(f"{NAME}_compute_:") :].split(".Lfunc_end")[0]
     multiply = re.compile(rf"vfmadd\w+ps\s.*%{REGISTER[target.lanes]}")
-    loops = []
-    for block in re.split(r"^(?=\.LBB)", body, flags=re.MULTILINE):
-        label, *rest = block.splitlines()
-        lines = [line.strip() for line in rest if re.match(r"\s+[a-z]", line)]
-        back = re.compile(rf"j\w+\s+{re.escape(label.split(':')[0])}$")
-        end = next((i for i, line in enumerate(lines) if back.match(line)), 0)
-        if any(multiply.match(line) for line in lines[:end]):
-            loops.append(lines[:end])
-    return loops
+    return [
+        loop
+        for loop in innermost(assembly_of(function, target), "j")
+        if any(multiply.match(line) for line in loop)
+    ]
 
 
 def multiplications(loop: list[str]) -> list[str]:
