@@ -64,16 +64,21 @@ class Parts:
 
     def compiled(self, names: Sequence[str]) -> Mapping[str, Callable[..., None]]:
         """The functions ready to call on this machine. Raises BuildError."""
-        new = {name: self.functions[name] for name in names if name not in self._compiled}
+        new = [name for name in names if name not in self._compiled]
         if new:
-            try:
-                built = tvm.compile(
-                    tvm.IRModule(new), target=tvm.target.Target(self.target.tvm_target)
-                )
-            except (RuntimeError, ValueError, TypeError) as error:
-                raise BuildError(
-                    f"TVM could not build {', '.join(new)} for {self.target.name}: {error}"
-                ) from error
-            library = built.mod if hasattr(built, "mod") else built
+            library = self.library(new)
             self._compiled.update({name: library[name] for name in new})
         return self._compiled
+
+    def library(self, names: Sequence[str]) -> Any:
+        """The machine code of the functions together. Raises BuildError."""
+        functions = {name: self.functions[name] for name in names}
+        try:
+            built = tvm.compile(
+                tvm.IRModule(functions), target=tvm.target.Target(self.target.tvm_target)
+            )
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise BuildError(
+                f"TVM could not build {', '.join(names)} for {self.target.name}: {error}"
+            ) from error
+        return built.mod if hasattr(built, "mod") else built

@@ -1,0 +1,159 @@
+"""A process of ours that holds one board: what hangs there ends with the process, not with us."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from topiarist.compiler.boards.board import Board
+from topiarist.compiler.boards.tracker import WAIT_S, Tracker
+from topiarist.compiler.child import Child, end_with
+from topiarist.compiler.worker import Layer, Outcome, Variant
+from topiarist.errors import BoardError
+from topiarist.targets.spec import TargetSpec
+
+
+@dataclass(frozen=True)
+class BoardLimits:
+    """Seconds that a stage may take, the network included; `run` is for one call or repeat."""
+
+    start: float = 120.0  # of our process
+    find: float = WAIT_S  # until the tracker has a free board
+    connect: float = 30.0
+    prepare: float = 120.0  # inputs and the reference kernel
+    build: float = 60.0  # a candidate here, and its way to the board
+    run: float = 20.0
+    trial: float = 120.0  # a whole network, a few times
+
+
+@dataclass(frozen=True)
+class BoardOptions:
+    """The boards to use: those of a key at a tracker; for what target, with how many threads."""
+
+    tracker: tuple[str, int]
+    key: str
+    target: TargetSpec
+    threads: int = 1
+    limits: BoardLimits = BoardLimits()
+
+
+@dataclass(frozen=True)
+class MeasureRequest:
+    """A layer's variants to build, check and time."""
+
+    layer: Layer
+    variants: Sequence[Variant]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The session is over, and why."""
+
+    message: str
+
+
+class LinkFailed(Exception):
+    """A request came to nothing, in a stage, with the variant of this index if any."""
+
+    def __init__(self, stage: str, at: int | None, outcome: Outcome) -> None:
+        super().__init__(outcome.message)
+        self.stage = stage
+        self.at = at
+        self.outcome = outcome
+
+
+class BoardLink:
+    """Holds a board once `connect` has returned it. Not for several threads."""
+
+    def __init__(self, options: BoardOptions) -> None:
+        self.limits = options.limits
+        self.board: Board | None = None
+        self._child = Child(hold_board, (options,))
+
+    @property
+    def pid(self) -> int | None:
+        """The process that holds the board."""
+        return self._child.pid
+
+    def connect(self) -> Board:
+        """Get a board from the tracker and check that it fits. Raises LinkFailed."""
+        board = self.ask(None)
+        assert isinstance(board, Board)
+        self.board = board
+        return board
+
+    def ask(self, request: object) -> Any:
+        """The reply to a request. Raises LinkFailed; then the board is given up."""
+        stage, at = "start", None
+        try:
+            self._child.send(request)
+            while True:
+                reply = self._child.receive(getattr(self.limits, stage))
+                if isinstance(reply, Lost):
+                    raise self._failure(stage, at, "crash", reply.message)
+                if not isinstance(reply, tuple):
+                    return reply
+                stage, at = reply
+        except TimeoutError as error:
+            limit = getattr(self.limits, stage)
+            text = f"{self._name}: no end after {limit:g} s of {stage}"
+            raise self._failure(stage, at, "timeout", text) from error
+        except (EOFError, ConnectionError) as error:
+            text = f"the process that holds a board died with {self._child.death()} in {stage}"
+            raise self._failure(stage, at, "crash", text) from error
+
+    def close(self) -> None:
+        """Give the board up."""
+        self._child.close()
+        self.board = None
+
+    @property
+    def _name(self) -> str:
+        return "a board" if self.board is None else f"the board at {self.board.address}"
+
+    def _failure(self, stage: str, at: int | None, status: Any, message: str) -> LinkFailed:
+        self.close()
+        return LinkFailed(stage, at, Outcome((), status, message))
+
+
+def hold_board(connection: Connection, options: BoardOptions, parent: int) -> None:
+    """The process: gets a board, then answers requests until nobody asks any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
+    end_with(parent)
+    with contextlib.suppress(EOFError, ConnectionError):
+        try:
+            _answer(connection, options)
+        except BoardError as error:
+            connection.send(Lost(str(error)))
+
+
+def _answer(connection: Connection, options: BoardOptions) -> None:
+    def tell(stage: str, at: int | None) -> None:
+        connection.send((stage, at))
+
+    connection.recv()
+    tell("find", None)
+    from topiarist.compiler.boards.session import Session
+    from topiarist.compiler.boards.trial import BoardTrial, TrialRequest
+    from topiarist.compiler.layer_bench import LayerBench
+
+    with Tracker(options.tracker) as tracker:
+        lease = tracker.request(options.key, options.limits.find)
+    tell("connect", None)
+    session = Session(lease, options.target, options.threads)
+    try:
+        session.check()
+        connection.send(session.board)
+        bench, trial = LayerBench(session, tell), BoardTrial(session, tell)
+        while True:
+            request = connection.recv()
+            if isinstance(request, TrialRequest):
+                connection.send(trial.run(request))
+            else:
+                connection.send(bench.measure(request.layer, request.variants))
+    finally:
+        session.close()
