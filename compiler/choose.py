@@ -164,7 +164,8 @@ def layer_error(layers: int, max_error: float = MAX_ERROR) -> float:
 class Chooser:
     """Finds each layer's candidates with their times, remembering layers that are alike.
 
-    Modes: "estimate" times nothing; "measure" times what the logs don't have; "finalists" takes
+    Modes: "estimate" times nothing: it chooses as "strict" does where the logs have all layers,
+    and else estimates what they lack; "measure" times what the logs don't have; "finalists" takes
     convolutions as the logs have them timed alone; "strict" takes everything from the logs, as
     timed in the network where that was done. The last two raise MissingRecordsError naming the
     layers that have no record. `max_error` bounds what inexact kernels (Winograd) add to the
@@ -207,6 +208,8 @@ class Chooser:
         plans: list[Plan] = []
         if self.mode == "measure" and self.recorded is not None and not self.dense:
             plans = [plan for plan in self._as_strict()._complete(layouts)[0] if plan.settled]
+        if self.mode == "estimate" and self.recorded is not None:
+            plans = self._as_strict()._complete(layout_plans(self.graph, self.target.lanes))[0]
         if not plans:
             plans, missing = self._complete(layouts)
             if not plans:
