@@ -63,10 +63,11 @@ class Child:
 
     def death(self) -> str:
         """How the process ended: a signal's name or an exit code."""
-        if self._process is None:
+        process = self._process
+        if process is None:  # it was ended by `close`
             return "SIGKILL"
-        self._process.join(5)
-        code = self._process.exitcode
+        process.join(5)
+        code = process.exitcode
         if code is not None and code < 0:
             with contextlib.suppress(ValueError):
                 return signal.Signals(-code).name
@@ -74,13 +75,13 @@ class Child:
 
     def close(self) -> None:
         """End the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._process = None
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        process, self._process = self._process, None
+        connection, self._connection = self._connection, None
+        if process is not None:
+            process.kill()
+            process.join()
+        if connection is not None:
+            connection.close()
 
 
 def end_with(parent: int) -> None:

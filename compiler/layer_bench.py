@@ -24,6 +24,7 @@ from topiarist.compiler.worker import Batch, Layer, Outcome, Stage, Variant
 from topiarist.errors import BoardError
 from topiarist.schedules.cpu import linear
 from topiarist.schedules.kernel import ConvSite
+from topiarist.targets.spec import TargetSpec
 
 ROUNDS = 7
 SLICE_S = 0.0015  # least time of one repeat
@@ -39,6 +40,7 @@ class Machine(Protocol):
     """Where kernels run: this machine, or a board. A function is whatever `load` gives."""
 
     threads: int
+    name: str  # for messages
 
     def load(self, parts: Parts, name: str) -> Any:
         """A function of the parts, ready to run. Raises BuildError."""
@@ -67,6 +69,8 @@ class Machine(Protocol):
 
 class Here:
     """This process."""
+
+    name = "this machine"
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -148,6 +152,12 @@ class LayerBench:
         outcomes = failed | timed
         return Batch(tuple(outcomes[i] for i in range(len(variants))), reference)
 
+    def try_out(self, target: TargetSpec) -> float:
+        """Build, check and time the reference kernel. Raises BoardError or BuildError."""
+        self.tell("prepare", None)
+        made = _Built(0, *_reference_kernel(Parts(target, self.machine.threads), self.machine))
+        return self._seconds(made, 10)
+
     def _prepare(self, layer: Layer) -> None:
         """The data of a layer, kept for its next batch."""
         same = self._layer is not None and (
@@ -221,7 +231,10 @@ def _same_code(a: ConvSite, b: ConvSite) -> bool:
 
 
 def _reference_kernel(parts: Parts, machine: Machine) -> tuple[Any, Arguments]:
-    """A fully connected layer with weights of 512 KiB: a function that never changes, its args."""
+    """A fully connected layer with weights of 512 KiB: a function that never changes, its args.
+
+    Raises BoardError if the machine gets it wrong: then no kernel is to blame for its results.
+    """
     shape = linear.LinearShape(1, 512, 256)
     lanes = parts.target.lanes
     name = parts.function(
@@ -230,6 +243,13 @@ def _reference_kernel(parts: Parts, machine: Machine) -> tuple[Any, Arguments]:
         lambda name: linear.dense_linear_prim_func(name, shape, lanes, threads=1),
     )
     random = np.random.default_rng(0)
-    sizes = (shape.inputs, shape.inputs * shape.outputs, shape.outputs, shape.outputs)
-    args = [machine.tensor(random.random(size, np.float32)) for size in sizes]
-    return machine.load(parts, name), itertools.repeat(args)
+    x = random.random(shape.inputs, np.float32)
+    weight = random.random((shape.outputs, shape.inputs), np.float32)
+    bias = random.random(shape.outputs, np.float32)
+    constants = [linear.pack_dense_linear(weight, lanes), bias]
+    args = [machine.tensor(array) for array in (x, *constants, np.zeros_like(bias))]
+    function = machine.load(parts, name)
+    machine.together(lambda: machine.run(function, args))
+    if not np.allclose(args[-1].numpy(), weight @ x + bias, rtol=1e-4):
+        raise BoardError(f"{machine.name} computes wrong results, even of a plain matrix product")
+    return function, itertools.repeat(args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import tvm
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from topiarist.errors import BuildError
 from topiarist.schedules.kernel import ConvKernel, ConvSite, ConvViews, KernelConfig
 from topiarist.schedules.workload import ConvWorkload, SparsitySignature
+from topiarist.targets.linker import find_linker
 from topiarist.targets.spec import TargetSpec
 
 ANY_SPARSITY = SparsitySignature(0.0, "any", (0, 0, 0))
@@ -69,6 +71,12 @@ class Parts:
             library = self.library(new)
             self._compiled.update({name: library[name] for name in new})
         return self._compiled
+
+    def export(self, names: Sequence[str], path: Path) -> Path:
+        """The functions as a shared library for the target's machine. Raises BuildError."""
+        linker = find_linker(self.target)
+        self.library(names).export_library(str(path), fcompile=linker)
+        return path
 
     def library(self, names: Sequence[str]) -> Any:
         """The machine code of the functions together. Raises BuildError."""

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from topiarist.compiler.boards.board import Board
-from topiarist.compiler.boards.tracker import WAIT_S, Tracker
+from topiarist.compiler.boards.tracker import WAIT_S, Lease, Tracker
 from topiarist.compiler.child import Child, end_with
 from topiarist.compiler.worker import Layer, Outcome, Variant
 from topiarist.errors import BoardError
@@ -24,10 +24,15 @@ class BoardLimits:
     start: float = 120.0  # of our process
     find: float = WAIT_S  # until the tracker has a free board
     connect: float = 30.0
+    check: float = 30.0  # that the board fits
     prepare: float = 120.0  # inputs and the reference kernel
     build: float = 60.0  # a candidate here, and its way to the board
     run: float = 20.0
     trial: float = 120.0  # a whole network, a few times
+
+    def of(self, stage: str) -> float:
+        """A stage's limit; those without one of their own are checks."""
+        return float(getattr(self, stage, self.check))
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,11 @@ class MeasureRequest:
 
     layer: Layer
     variants: Sequence[Variant]
+
+
+@dataclass(frozen=True)
+class TryRequest:
+    """A kernel that every target has, to build and run. The reply is its seconds."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,7 @@ class BoardLink:
     def __init__(self, options: BoardOptions) -> None:
         self.limits = options.limits
         self.board: Board | None = None
+        self.address = ""  # of the board that the tracker gave us last
         self._child = Child(hold_board, (options,))
 
     @property
@@ -92,17 +103,22 @@ class BoardLink:
         try:
             self._child.send(request)
             while True:
-                reply = self._child.receive(getattr(self.limits, stage))
+                reply = self._child.receive(self.limits.of(stage))
                 if isinstance(reply, Lost):
                     raise self._failure(stage, at, "crash", reply.message)
+                if isinstance(reply, Lease):
+                    self.address = reply.address
+                    continue
                 if not isinstance(reply, tuple):
                     return reply
                 stage, at = reply
         except TimeoutError as error:
-            limit = getattr(self.limits, stage)
-            text = f"{self._name}: no end after {limit:g} s of {stage}"
+            name = f"the board at {self.address}" if self.address else "a board"
+            text = f"{name}: no end after {self.limits.of(stage):g} s of {stage}"
+            if stage == "connect":
+                text += "; it hangs, or a firewall drops what comes to its port"
             raise self._failure(stage, at, "timeout", text) from error
-        except (EOFError, ConnectionError) as error:
+        except (EOFError, OSError) as error:
             text = f"the process that holds a board died with {self._child.death()} in {stage}"
             raise self._failure(stage, at, "crash", text) from error
 
@@ -110,10 +126,6 @@ class BoardLink:
         """Give the board up."""
         self._child.close()
         self.board = None
-
-    @property
-    def _name(self) -> str:
-        return "a board" if self.board is None else f"the board at {self.board.address}"
 
     def _failure(self, stage: str, at: int | None, status: Any, message: str) -> LinkFailed:
         self.close()
@@ -138,22 +150,27 @@ def _answer(connection: Connection, options: BoardOptions) -> None:
     connection.recv()
     tell("find", None)
     from topiarist.compiler.boards.session import Session
-    from topiarist.compiler.boards.trial import BoardTrial, TrialRequest
+    from topiarist.compiler.boards.trial import BoardTrial, CallRequest, TrialRequest
     from topiarist.compiler.layer_bench import LayerBench
 
     with Tracker(options.tracker) as tracker:
         lease = tracker.request(options.key, options.limits.find)
+    connection.send(lease)
     tell("connect", None)
     session = Session(lease, options.target, options.threads)
     try:
-        session.check()
+        session.check(tell)
         connection.send(session.board)
         bench, trial = LayerBench(session, tell), BoardTrial(session, tell)
         while True:
             request = connection.recv()
-            if isinstance(request, TrialRequest):
-                connection.send(trial.run(request))
-            else:
+            if isinstance(request, MeasureRequest):
                 connection.send(bench.measure(request.layer, request.variants))
+            elif isinstance(request, TrialRequest):
+                connection.send(trial.run(request))
+            elif isinstance(request, CallRequest):
+                connection.send([*trial.time(request)])
+            elif isinstance(request, TryRequest):
+                connection.send(bench.try_out(options.target))
     finally:
         session.close()

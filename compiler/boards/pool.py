@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,9 +141,7 @@ class Boards:
 
     def _serve(self, link: BoardLink) -> None:
         """A link's thread: connect, work, connect anew when the board failed."""
-        while True:
-            if link.board is None and not self._connected(link):
-                return
+        while link in self._links and (link.board is not None or self._connected(link)):
             work = self._take(link)
             if work is None:
                 return

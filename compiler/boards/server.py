@@ -7,7 +7,6 @@ So the server is a child of ours: it is started anew, on the same port, whenever
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import multiprocessing
 import os

@@ -6,6 +6,7 @@ Calls may never return, where a board or the network hangs: only a process that 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -25,12 +26,12 @@ from topiarist.compiler.boards.tracker import Lease
 from topiarist.compiler.measure import Arguments
 from topiarist.compiler.parts import Parts
 from topiarist.errors import BoardError
-from topiarist.targets.linker import find_linker
 from topiarist.targets.spec import TargetSpec
 
 _ERRORS = (RuntimeError, OSError, ValueError, AttributeError)  # of TVM's RPC
 _FLUSH = "cache_flush_cpu_non_first_arg"  # TVM's, which leaves the first argument in the caches
 _SLACK = 16 << 20  # bytes that have to stay free on the board
+Tell = Callable[[str, int | None], None]
 _Result = TypeVar("_Result")
 
 
@@ -44,6 +45,7 @@ class Session:
         self.target = target
         self.threads = threads
         self.address = lease.address
+        self.name = f"the board at {lease.address}"
         self._count = itertools.count()
         try:
             self._rpc = tvm.rpc.connect(lease.host, lease.port, lease.match_key)
@@ -63,12 +65,15 @@ class Session:
             ) from error
         self.board = Board.from_text(self._guarded(describe), self.address)
 
-    def check(self) -> None:
-        """Raise BoardError unless the board fits: versions, processor, cores."""
+    def check(self, tell: Tell) -> None:
+        """Raise BoardError unless the board fits; `tell` hears what is looked at."""
+        tell("versions", None)
         check_versions(self.board)
+        tell("processor", None)
         reason = self._call("refuses", json.dumps(self.target.to_json()))
         if reason:
             raise BoardError(f"the board at {self.address} can't run this target: {reason}")
+        tell("cores", None)
         if self.board.core_count < self.threads:
             raise BoardError(
                 f"the board at {self.address} runs kernels on {self.board.core_count} core(s), too "
@@ -82,32 +87,28 @@ class Session:
             )
 
     def load(self, parts: Parts, name: str) -> Any:
-        """A function of the parts: its module on the board, and its name."""
-        return self.load_all(parts, [name]), name
-
-    def load_all(self, parts: Parts, names: Sequence[str]) -> Any:
-        """The module of some functions, on the board. Raises BuildError."""
+        """A function of the parts: its module on the board, and its name. Raises BuildError."""
         with tempfile.TemporaryDirectory(prefix="topiarist-") as folder:
-            library = Path(folder) / f"{next(self._count)}.so"
-            parts.library(names).export_library(str(library), fcompile=find_linker(self.target))
-            return self._upload(library)
+            return self.upload(parts.export([name], Path(folder) / "lib.so")), name
 
-    def _upload(self, library: Path) -> Any:
+    def upload(self, library: Path) -> Any:
         """Load a library on the board; its file there is removed at once."""
         size = library.stat().st_size
+        # TVM's loader takes a path that it has loaded before for the same library.
+        name = f"{next(self._count)}.so"
 
         def upload() -> Any:
-            self._rpc.upload(str(library), library.name)
-            there, free = json.loads(self._call("stored", library.name))
+            self._rpc.upload(str(library), name)
+            there, free = json.loads(self._call("stored", name))
             if there != size or free < _SLACK:
                 raise BoardError(
                     f"the disk of the board at {self.address} is full ({free >> 20} MiB are free "
                     "where its temporary files go): make room there"
                 )
             try:
-                return self._rpc.load_module(library.name)
+                return self._rpc.load_module(name)
             finally:
-                self._rpc.remove(library.name)
+                self._rpc.remove(name)
 
         return self._guarded(upload)
 
@@ -155,10 +156,8 @@ class Session:
     def close(self) -> None:
         """Give the board back."""
         # TVM ends a session when nothing refers to it any more, which a traceback may.
-        try:
+        with contextlib.suppress(*_ERRORS):
             self._rpc._sess["CloseRPCConnection"]()
-        except _ERRORS:
-            pass
 
     def _call(self, name: str, *args: Any) -> Any:
         return self._guarded(lambda: self._rpc.get_function(f"topiarist.board.{name}")(*args))
