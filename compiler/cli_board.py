@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Annotated
 
@@ -44,7 +46,8 @@ def tracker(
         f"on a board: topiarist board serve --tracker THIS_MACHINE:{port} --key NAME\n"
         f"then here: topiarist tune MODEL.onnx --target T --tracker THIS_MACHINE:{port} --key NAME"
     )
-    trackers.run_tracker(host, port, say)
+    with _until_interrupted():
+        trackers.run_tracker(host, port, say)
 
 
 @app.command("serve")
@@ -80,7 +83,17 @@ def serve(
     say(f"kernels run on {board.cores or f'all {board.core_count} core(s)'}")
     trackers.Tracker(where).close()
     options = server.ServeOptions(where, key, picked, host, port, port_end, address)
-    server.serve(options, say)
+    with _until_interrupted():
+        server.serve(options, say)
+
+
+@contextmanager
+def _until_interrupted() -> Iterator[None]:
+    """Ctrl-C is how these commands are meant to end."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("ended")
 
 
 @app.command("list")
@@ -91,6 +104,9 @@ def list_boards(tracker: TrackerAddress, as_json: Json = False, debug: Debug = F
         keys = connection.keys()
     if as_json:
         print_json({"tracker": tracker, "keys": [asdict(k) | {"in_use": k.in_use} for k in keys]})
+        return
+    if not keys:
+        say(f"no board: run `topiarist board serve --tracker {tracker} --key NAME` on one")
         return
     print_table(
         ["key", "boards", "free", "in use", "pending", "addresses"],

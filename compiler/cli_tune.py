@@ -126,7 +126,7 @@ def _machine(
     if tracker is None or key is None:
         raise ValueError("--tracker and --key go together: they name the boards to measure on")
     find_linker(spec)  # for its errors
-    boards = Boards(BoardOptions(parse_address(tracker), key, spec, threads))
+    boards = Boards.find(BoardOptions(parse_address(tracker), key, spec, threads))
     try:
         with boards:
             yield boards, OnBoards(boards)

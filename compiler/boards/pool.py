@@ -20,14 +20,12 @@ from topiarist.tuning_logs.record import typical_us
 FAULTS = 3  # of a board, without anything that it did right, after which it is left alone
 WAKE_S = 0.2
 
-MakeLink = Callable[[BoardOptions], BoardLink]
-
 
 @dataclass
 class _Work:
     """A request for any board; `variants` are numbers in the batch that it belongs to.
 
-    `before`: what another board, of this address, made of the one variant in it.
+    `before` is what a board of this address made of the one variant that is in it.
     """
 
     request: Any
@@ -41,11 +39,12 @@ class Boards:
     `notes` tells of boards that failed. Raises BoardError when no board is left.
     """
 
-    def __init__(self, options: BoardOptions, make_link: MakeLink = BoardLink) -> None:
+    def __init__(self, options: BoardOptions, links: Sequence[BoardLink]) -> None:
         self.options = options
         self.notes: list[str] = []
         self._change = threading.Condition()
-        self._links: list[BoardLink] = []  # those that are not given up
+        self._all = tuple(links)
+        self._links = list(links)  # those that are not given up
         self._waiting: deque[_Work] = deque()
         self._faults: dict[str, int] = defaultdict(int)
         self._model: Board | None = None
@@ -53,15 +52,18 @@ class Boards:
         self._replies: list[Any] = []
         self._references: dict[str, tuple[float, ...]] = {}
         self._usual: dict[str, list[float]] = defaultdict(list)
-        self._closed = False
-        self._make_link = make_link
         self._threads: list[threading.Thread] = []
 
+    @staticmethod
+    def find(options: BoardOptions) -> Boards:
+        """All boards of the key that the tracker knows now."""
+        with Tracker(options.tracker) as tracker:
+            count = len(tracker.find(options.key).addresses)
+        return Boards(options, [BoardLink(options) for _ in range(count)])
+
     def __enter__(self) -> Boards:
-        with Tracker(self.options.tracker) as tracker:
-            count = len(tracker.find(self.options.key).addresses)
-        self._links = [self._make_link(self.options) for _ in range(count)]
-        for link in self._links:
+        """Start; returns when there is a board that fits."""
+        for link in self._all:
             thread = threading.Thread(target=self._serve, args=(link,), daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -78,13 +80,12 @@ class Boards:
     def close(self) -> None:
         """Give all boards back."""
         with self._change:
-            self._closed = True
-            links = list(self._links)
+            self._links = []
             self._change.notify_all()
-        for link in links:
+        for link, thread in zip(self._all, self._threads, strict=True):
             link.close()
-        for thread in self._threads:
-            thread.join()
+            thread.join(1.0)
+            link.close()  # a thread may just have started to connect
 
     @property
     def board(self) -> Board:
@@ -151,7 +152,7 @@ class Boards:
                 reply = link.ask(work.request)
             except LinkFailed as failure:
                 with self._change:
-                    if not self._closed:
+                    if link in self._links:
                         self._failed(link, board, work, failure)
             else:
                 with self._change:
@@ -168,7 +169,7 @@ class Boards:
             first = self._model = self._model or board
             if (first.device_model, first.cores) == (board.device_model, board.cores):
                 self._change.notify_all()
-                return not self._closed
+                return link in self._links
         self._retire(
             link,
             f"the board at {board.address} is left out: it is {board.device_model} {board.cores}, "
@@ -181,7 +182,7 @@ class Boards:
         """Something to do that the link's board hasn't failed at, unless it is the only one."""
         assert link.board is not None
         with self._change:
-            while not self._closed and link in self._links:
+            while link in self._links:
                 for work in self._waiting:
                     alone = sum(other.board is not None for other in self._links) < 2
                     if work.before is None or work.before[0] != link.board.address or alone:
@@ -258,7 +259,6 @@ class Boards:
         with self._change:
             if link in self._links:
                 self._links.remove(link)
-                if not self._closed:
-                    self.notes.append(note)
+                self.notes.append(note)
             self._change.notify_all()
         link.close()

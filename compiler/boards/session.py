@@ -102,8 +102,9 @@ class Session:
             there, free = json.loads(self._call("stored", name))
             if there != size or free < _SLACK:
                 raise BoardError(
-                    f"the disk of the board at {self.address} is full ({free >> 20} MiB are free "
-                    "where its temporary files go): make room there"
+                    f"the disk of the board at {self.address} is full: of {size} bytes it stored "
+                    f"{there}, and {free >> 20} MiB are free where its temporary files go (its "
+                    "TMPDIR); make room there"
                 )
             try:
                 return self._rpc.load_module(name)
