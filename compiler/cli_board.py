@@ -101,7 +101,7 @@ def _until_interrupted() -> Iterator[None]:
 def list_boards(tracker: TrackerAddress, as_json: Json = False, debug: Debug = False) -> None:
     """List the keys that a tracker knows: their boards, and how many are free."""
     with trackers.Tracker(trackers.parse_address(tracker)) as connection:
-        keys = connection.keys()
+        keys = connection.known_keys()
     if as_json:
         print_json({"tracker": tracker, "keys": [asdict(k) | {"in_use": k.in_use} for k in keys]})
         return

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from topiarist.compiler.boards.board import Board
-from topiarist.compiler.boards.tracker import WAIT_S, Lease, Tracker
+from topiarist.compiler.boards.tracker import ANSWER_S, WAIT_S, Lease, Tracker
 from topiarist.compiler.child import Child, end_with
 from topiarist.compiler.worker import Layer, Outcome, Variant
 from topiarist.errors import BoardError
@@ -32,6 +32,8 @@ class BoardLimits:
 
     def of(self, stage: str) -> float:
         """A stage's limit; those without one of their own are checks."""
+        if stage == "find":  # the process itself says when nothing was free
+            return self.find + 2 * ANSWER_S
         return float(getattr(self, stage, self.check))
 
 
@@ -98,14 +100,15 @@ class BoardLink:
         return board
 
     def ask(self, request: object) -> Any:
-        """The reply to a request. Raises LinkFailed; then the board is given up."""
+        """The reply to a request. Raises LinkFailed; then the session is over."""
         stage, at = "start", None
         try:
             self._child.send(request)
             while True:
                 reply = self._child.receive(self.limits.of(stage))
                 if isinstance(reply, Lost):
-                    raise self._failure(stage, at, "crash", reply.message)
+                    self.board = None
+                    raise LinkFailed(stage, at, Outcome((), "crash", reply.message))
                 if isinstance(reply, Lease):
                     self.address = reply.address
                     continue
@@ -133,26 +136,27 @@ class BoardLink:
 
 
 def hold_board(connection: Connection, options: BoardOptions, parent: int) -> None:
-    """The process: gets a board, then answers requests until nobody asks any more."""
+    """The process: gets a board when asked to, and answers requests until the session is over."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     end_with(parent)
     with contextlib.suppress(EOFError, ConnectionError):
-        try:
-            _answer(connection, options)
-        except BoardError as error:
-            connection.send(Lost(str(error)))
+        while True:
+            connection.recv()
+            try:
+                _answer(connection, options)
+            except BoardError as error:
+                connection.send(Lost(str(error)))
 
 
 def _answer(connection: Connection, options: BoardOptions) -> None:
-    def tell(stage: str, at: int | None) -> None:
-        connection.send((stage, at))
-
-    connection.recv()
-    tell("find", None)
     from topiarist.compiler.boards.session import Session
     from topiarist.compiler.boards.trial import BoardTrial, CallRequest, TrialRequest
     from topiarist.compiler.layer_bench import LayerBench
 
+    def tell(stage: str, at: int | None) -> None:
+        connection.send((stage, at))
+
+    tell("find", None)
     with Tracker(options.tracker) as tracker:
         lease = tracker.request(options.key, options.limits.find)
     connection.send(lease)

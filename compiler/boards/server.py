@@ -10,10 +10,12 @@ import contextlib
 import json
 import multiprocessing
 import os
+import select
 import shutil
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +33,7 @@ from topiarist.targets.spec import TargetSpec
 
 START_S = 120.0  # importing TVM from a slow card
 PAUSE_S = 1.0  # before a server that ended is started again
+GRACE_S = 1.0  # for a session to end by itself when its client is gone
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 
 Say = Callable[[str], None]
@@ -130,8 +133,7 @@ def _start(options: ServeOptions) -> Any:
 
     multiprocessing.set_start_method("fork", force=True)  # or sessions lack our functions
     _register(options.cores)
-    owner = os.getpid()
-    os.register_at_fork(after_in_child=lambda: _end_session_with(owner))
+    tvm.rpc.server._serve_loop = _watched(tvm.rpc.server._serve_loop, os.getpid())
     state = tvm.rpc.server.PopenRPCServerState(
         *(options.host, options.port, options.port_end),
         tracker_addr=options.tracker,
@@ -144,9 +146,24 @@ def _start(options: ServeOptions) -> Any:
     return state
 
 
-def _end_session_with(owner: int) -> None:
-    with contextlib.suppress(SystemExit):
-        end_with(owner)
+def _watched(serve_loop: Callable[..., None], server: int) -> Callable[..., None]:
+    """TVM's loop of a session, which ends with its client even if a kernel hangs."""
+
+    def loop(sock: socket.socket, *args: Any) -> None:
+        end_with(server)
+        threading.Thread(target=_end_when_closed, args=(sock.fileno(),), daemon=True).start()
+        serve_loop(sock, *args)
+
+    return loop
+
+
+def _end_when_closed(connection: int) -> None:
+    """Wait until the client is gone, and a little; then end this process."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP | select.POLLHUP | select.POLLERR)
+    poll.poll()
+    time.sleep(GRACE_S)
+    os._exit(0)  # TVM's server takes it for a session that ended well
 
 
 def _register(cores: Cores) -> None:

@@ -113,7 +113,7 @@ class Tracker:
         """End the connection."""
         self._sock.close()
 
-    def keys(self) -> list[Key]:
+    def known_keys(self) -> list[Key]:
         """All keys that boards have, or that somebody waits for."""
         from tvm.rpc.base import TrackerCode
 
@@ -137,7 +137,7 @@ class Tracker:
 
     def find(self, key: str) -> Key:
         """A key that boards have."""
-        keys = [found for found in self.keys() if found.addresses]
+        keys = [found for found in self.known_keys() if found.addresses]
         for found in keys:
             if found.key == key:
                 return found

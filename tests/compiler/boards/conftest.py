@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -76,7 +77,9 @@ class Network:
 
     def wait_for(self, **boards: int) -> None:
         """Until so many boards of each key are free."""
-        self._wait(lambda tracker: {k.key: k.free for k in tracker.keys()}.items() >= boards.items())
+        self._wait(
+            lambda tracker: {k.key: k.free for k in tracker.known_keys()}.items() >= boards.items()
+        )
 
     def wait(self) -> None:
         """Until the tracker answers."""
@@ -105,6 +108,25 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@contextmanager
+def stopped(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """A process and those that it started hang, whoever else continues them."""
+    over = threading.Event()
+
+    def stop() -> None:
+        while not over.wait(0.05):
+            os.killpg(process.pid, signal.SIGSTOP)
+
+    os.killpg(process.pid, signal.SIGSTOP)
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextmanager

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.compiler import bad_kernels
-from tests.compiler.boards.conftest import Network, end_group, free_port, network
+from tests.compiler.boards.conftest import Network, end_group, free_port, network, stopped
 from tests.compiler.test_tune import two_convs
 from tests.compiler.test_worker import layer_of, variants_of
 from tests.schedules.kernel_contract import CASES
@@ -31,7 +29,7 @@ from topiarist.targets import registry
 from topiarist.tuning_logs.sources import TuningLogs
 from topiarist.tuning_logs.store import TuningLog
 
-SHORT = BoardLimits(find=15.0, connect=4.0, run=4.0)
+SHORT = BoardLimits(run=3.0)
 FAULTS = ("old", "garbage", "full", "plain")
 
 
@@ -121,7 +119,7 @@ def test_two_boards_measure_and_outlive_bad_kernels(boards: Network) -> None:
         "ok", "crash", "ok", "wrong_result", "build_error", "ok", "timeout", "ok"
     ]  # fmt: skip
     assert "ended the session" in outcomes[1].message
-    assert "no end after 4 s of run" in outcomes[6].message
+    assert "no end after 3 s of run" in outcomes[6].message
     assert all(bool(o.seconds) == (o.status == "ok") for o in outcomes)
     assert again.outcomes[0].status == "ok" and 0.2 < again.reference[0] < 5
     assert not pool.notes
@@ -133,15 +131,14 @@ def test_a_board_that_is_killed_and_one_that_hangs(boards: Network) -> None:
     variants = variants_of(layer, DirectDense(), DirectSparse())
     first, second = boards.serve("mortal"), boards.serve("mortal")
     boards.wait_for(mortal=2)
-    short = BoardLimits(find=2.0, connect=2.0, prepare=4.0, run=2.0)
+    short = BoardLimits(find=2.0, connect=2.0, prepare=3.0, run=2.0)
     options = BoardOptions(boards.address, "mortal", registry.get("host"), 1, short)
     with Boards.find(options) as pool:
         pool.measure(layer, variants)
         end_group(first)
         left = pool.measure(layer, variants)
         assert [outcome.status for outcome in left.outcomes] == ["ok", "ok"]
-        os.killpg(second.pid, signal.SIGSTOP)
-        with pytest.raises(BoardError, match="no board is left"):
+        with stopped(second), pytest.raises(BoardError, match="no board is left"):
             pool.measure(layer, variants)
     assert len(pool.notes) == 2
 
