@@ -34,7 +34,10 @@ Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The ONNX mode
 ModelOrBundle = Annotated[
     Path, typer.Argument(metavar="MODEL.onnx|BUNDLE.topi", help="The ONNX model, or a bundle.")
 ]
-Target = Annotated[str, typer.Option("--target", "-t", help="A target's name; host: this machine.")]
+Target = Annotated[
+    str,
+    typer.Option("--target", "-t", help="A target's name, or its file; host: this machine."),
+]
 Threads = Annotated[int, typer.Option(min=1, help="Threads that bundles will run with.")]
 Batch = Annotated[int | None, typer.Option(min=1, help="Batch, where the model's is open.")]
 

@@ -15,6 +15,7 @@ from topiarist.compiler.compiled import CompiledModel, TensorSignature
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
 from topiarist.compiler.graph import Graph
+from topiarist.compiler.latency import users_predictor
 from topiarist.compiler.layer_choices import layer_choices, other_work
 from topiarist.compiler.lower import lower
 from topiarist.compiler.memory import MemoryPlan, plan_memory
@@ -61,12 +62,13 @@ def compile_model(
     a sparse build is compared with. `max_error` bounds the error, relative to the largest output,
     that Winograd kernels may add; 0 leaves them out. `measure` times kernels on this machine, by
     default if it runs the target's code; otherwise the logs decide where they know all layers, and
-    estimates what they don't. `log` is a tuning log or a folder of them, asked before the logs
-    that come with the package; what is timed is added to it, unless `add_to_log` is False.
-    `strict` takes every time from the logs: nothing is measured, and the same model and logs give
-    the same bundle. `link` is about linking for another machine. `parts` of an earlier compilation
-    for this target and number of threads spare making the same machine code again.
-    `progress(stage, done, total)` is called along the way.
+    what they don't is predicted by the user's latency model of the target, or else estimated.
+    `log` is a tuning log or a folder of them, asked before the logs that come with the package;
+    what is timed is added to it, unless `add_to_log` is False. `strict` takes every time from the
+    logs: nothing is measured, and the same model and logs give the same bundle. `link` is about
+    linking for another machine. `parts` of an earlier compilation for this target and number of
+    threads spare making the same machine code again. `progress(stage, done, total)` is called
+    along the way.
     Raises ModelError, TargetError, OutputError, BuildError, TuningLogError or, if `strict`,
     MissingRecordsError, each saying what to do.
     """
@@ -97,6 +99,7 @@ def compile_model(
         graph,
         parts,
         dense=dense,
+        predictor=users_predictor(spec, threads) if mode == "estimate" else None,
         mode=mode,
         recorded=recorded,
         max_error=max_error,
@@ -141,15 +144,15 @@ def require_measurable(spec: TargetSpec) -> None:
     if reason is None:
         return
     if spec.toolchain is None:
-        remedy = "do it on a machine that has this instruction set, or choose another target"
+        remedy = "on a machine that has this instruction set, or for another target"
     else:
         remedy = (
-            "do it on the board with `--target host`, or tune over the network from here "
-            "(`topiarist tune --tracker HOST:PORT --key KEY`)"
+            "on the board itself with `--target host`, or over the network with "
+            "`topiarist tune --tracker HOST:PORT --key KEY`"
         )
     raise TargetError(
-        f"{reason}, and kernels are timed: {remedy}. `topiarist compile` can do without, by logs "
-        "and estimates (`--no-measure`)."
+        f"{reason}, and this times kernels: do it {remedy}. `topiarist prune --density` and "
+        "`topiarist compile --no-measure` time nothing."
     )
 
 

@@ -123,7 +123,7 @@ def _named(
     linker: Path, target: TargetSpec, toolchain: Toolchain, search: str | None
 ) -> tuple[str, ...]:
     """The linker or compiler that the user named."""
-    found = shutil.which(linker, path=search)
+    found = shutil.which(str(linker), path=search)
     if found is None:
         raise BuildError(f"--linker {linker}: there is no such program")
     if _PLAIN_LINKER.fullmatch(linker.name):
