@@ -120,7 +120,7 @@ class Asked(NamedTuple):
             return None
         other_tvm = entry.tvm != self.tvm
         level: Level = "exact" if entry.workload == self.workload else "near"
-        if (entry.device, entry.cores) != (self.device, self.cores):
+        if entry.device != self.device or not _same_cores(entry.cores, self.cores):
             level = "other device"
         elif other_tvm:
             level = "other TVM"
@@ -204,6 +204,13 @@ def _place(target: TargetKey) -> bytes:
     values = asdict(target)
     del values["device_model"], values["cores"]
     return in_json(values)[1:-1]
+
+
+def _same_cores(cores: bytes, asked: bytes) -> bool:
+    """Whether a record's cores are those asked for; a profile only knows their kind."""
+    if cores == asked or b" " in asked:
+        return cores == asked
+    return bool(_kind(asked)) and _kind(cores) in (b"", _kind(asked))
 
 
 def _kind(cores: bytes) -> bytes:

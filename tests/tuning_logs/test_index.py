@@ -149,6 +149,22 @@ def test_of_other_devices_one_with_such_cores_is_closer(log, sparse):
     assert log.best(Site.of(asked), loosest="other device")[0].record == same
 
 
+@pytest.mark.parametrize(
+    ("of", "asked", "level"),
+    [
+        ("cortex-a76 4-7", "cortex-a76", "exact"),  # a profile doesn't know the numbers
+        ("", "cortex-a76", "exact"),  # tuned on the board itself
+        ("cortex-a55 0-3", "cortex-a76", "other device"),
+        ("cortex-a76 4-7", "cortex-a76 4-5", "other device"),
+        ("cortex-a76 4-7", "", "other device"),
+        ("", "cortex-a76 4-7", "other device"),
+    ],
+)
+def test_cores(log, sparse, of, asked, level):
+    log.append([sparse(cores=of)])
+    assert log.find(sparse(cores=asked).input, loosest="other device").level == level
+
+
 def test_what_is_not_usable_gives_way(log, sparse):
     """The closest records may be of an old version of the only kernel."""
     old = [sparse(number=n, kernel_version=1) for n in range(2)]
