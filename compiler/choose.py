@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 Mode = Literal["estimate", "measure", "finalists", "strict"]
+CallSeconds = Callable[[str, list[Any]], tuple[float, ...]]
 
 ASSIGNMENTS = 3
 MAX_ERROR = 1e-4
@@ -187,7 +188,8 @@ class Chooser:
     convolutions as the logs have them timed alone; "strict" takes everything from the logs, as
     timed in the network where that was done. The last two raise MissingRecordsError naming the
     layers that have no record. `max_error` bounds what inexact kernels (Winograd) add to the
-    error of the network's outputs, relative to the largest; 0 leaves them out.
+    error of the network's outputs, relative to the largest; 0 leaves them out. `seconds` times a
+    function of the parts on its arguments (buffers and constants), by default here.
     """
 
     def __init__(
@@ -200,6 +202,7 @@ class Chooser:
         mode: Mode,
         recorded: Recorded | None = None,
         max_error: float = MAX_ERROR,
+        seconds: CallSeconds | None = None,
         progress: Progress,
     ) -> None:
         self.graph = graph
@@ -210,7 +213,8 @@ class Chooser:
         self.mode = mode
         self.recorded = recorded
         self.progress = progress
-        self.timer = Timer(parts.threads) if mode in ("measure", "finalists") else None
+        measures = mode in ("measure", "finalists")
+        self.timer = (seconds or seconds_here(parts)) if measures else None
         self.workloads = {
             node.name: workload_of(node, graph) for node in graph.nodes if isinstance(node, Conv)
         }
@@ -407,7 +411,7 @@ class Chooser:
 
     def _seconds(self, name: str, args: list[Any]) -> tuple[float, ...]:
         assert self.timer is not None
-        return self.timer.seconds(self.parts.compiled([name])[name], args)
+        return self.timer(name, args)
 
     def _total_us(self, plan: Plan) -> float:
         """The layers' times and those of the moves; for a settled plan, moves by estimate."""
@@ -480,6 +484,12 @@ class Chooser:
         if self.recorded is not None:
             self.recorded.add(self.recorded.device.what_linear(node, shape, kernel), seconds)
         return Candidate(kernel, None, typical_us(seconds))
+
+
+def seconds_here(parts: Parts) -> CallSeconds:
+    """Times functions of the parts on this machine."""
+    timer = Timer(parts.threads)
+    return lambda name, args: timer.seconds(parts.compiled([name])[name], args)
 
 
 def _best(timed: list[Candidate], refusals: list[str], *, settled: bool) -> Choice | None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from topiarist.compiler import (
+    cli_board,
     cli_bundles,
     cli_latency,
     cli_logs,
@@ -38,6 +39,7 @@ cli_targets.app.command("runtime")(cli_runtime.runtime)
 app.add_typer(cli_targets.app, name="targets")
 app.add_typer(cli_logs.app, name="log")
 app.add_typer(cli_latency.app, name="model")
+app.add_typer(cli_board.app, name="board")
 app.command("inspect")(cli_models.inspect)
 app.command("prune")(cli_prune.prune)
 app.command("tune")(cli_tune.tune)

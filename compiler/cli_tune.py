@@ -28,7 +28,10 @@ from topiarist.compiler.cli_output import (
 from topiarist.targets import registry
 
 if TYPE_CHECKING:
+    from topiarist.compiler.boards.networks import OnBoards
     from topiarist.compiler.tune import TunedLayer, TuneReport, TuneStep
+    from topiarist.compiler.worker import Measurer
+    from topiarist.targets.spec import TargetSpec
     from topiarist.tuning_logs.search import StrategyName
 
 DEFAULT_BUDGET = "10m"
@@ -56,6 +59,11 @@ def tune(
     ] = None,
     threads: Threads = 1,
     batch: Batch = None,
+    tracker: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Measure on the boards that this tracker knows."),
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="The boards' key at the tracker.")] = None,
     strategy: Annotated[
         str, typer.Option(help="model (XGBoost), evolution or random: how to search.")
     ] = "model",
@@ -63,7 +71,7 @@ def tune(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Search the fastest kernel of each layer on this machine; go on where an earlier run was.
+    """Search the fastest kernel of each layer, here or on boards; go on where an earlier run was.
 
     What was measured is in the log at once. Afterwards, `compile --log LOG` takes it from there.
     """
@@ -72,20 +80,19 @@ def tune(
     else:
         budget_s = None
     spec = registry.get(target)
-    from topiarist.compiler.pipeline import require_measurable
     from topiarist.compiler.tune import TuneOptions, tune_model
-    from topiarist.compiler.worker import Worker
     from topiarist.tuning_logs.sources import open_logs
 
     named = parse_strategy(strategy)
     options = TuneOptions(budget_s, trials, tuple(layers or ()), named, seed)
-    require_measurable(spec)
     logs = open_logs(log, spec)
-    with tuning_progress(shown=not as_json) as progress, Worker(threads) as worker:
+    with tuning_progress(shown=not as_json) as progress, _machine(spec, threads, tracker, key) as m:
+        measurer, where = m
         report = tune_model(
-            *(model, spec, logs, worker, options),
+            *(model, spec, logs, measurer, options),
             threads=threads,
             batch=batch,
+            where=where,
             progress=progress,
         )
     for defect in logs.defects:
@@ -95,6 +102,37 @@ def tune(
         print_json({**paths, "threads": threads, **asdict(report)})
     else:
         _print_report(report, logs.own.path)
+
+
+@contextmanager
+def _machine(
+    spec: TargetSpec, threads: int, tracker: str | None, key: str | None
+) -> Iterator[tuple[Measurer, OnBoards | None]]:
+    """What measures: this machine, or boards; then it tells of those that failed."""
+    if tracker is None and key is None:
+        from topiarist.compiler.pipeline import require_measurable
+        from topiarist.compiler.worker import Worker
+
+        require_measurable(spec)
+        with Worker(threads) as worker:
+            yield worker, None
+        return
+    from topiarist.compiler.boards.link import BoardOptions
+    from topiarist.compiler.boards.networks import OnBoards
+    from topiarist.compiler.boards.pool import Boards
+    from topiarist.compiler.boards.tracker import parse_address
+    from topiarist.targets.linker import find_linker
+
+    if tracker is None or key is None:
+        raise ValueError("--tracker and --key go together: they name the boards to measure on")
+    find_linker(spec)  # for its errors
+    boards = Boards.find(BoardOptions(parse_address(tracker), key, spec, threads))
+    try:
+        with boards:
+            yield boards, OnBoards(boards)
+    finally:
+        for note in boards.notes:
+            complain(f"note: {note}")
 
 
 def parse_duration(text: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import tvm
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from topiarist.errors import BuildError
 from topiarist.schedules.kernel import ConvKernel, ConvSite, ConvViews, KernelConfig
 from topiarist.schedules.workload import ConvWorkload, SparsitySignature
+from topiarist.targets.linker import find_linker
 from topiarist.targets.spec import TargetSpec
 
 ANY_SPARSITY = SparsitySignature(0.0, "any", (0, 0, 0))
@@ -64,16 +66,27 @@ class Parts:
 
     def compiled(self, names: Sequence[str]) -> Mapping[str, Callable[..., None]]:
         """The functions ready to call on this machine. Raises BuildError."""
-        new = {name: self.functions[name] for name in names if name not in self._compiled}
+        new = [name for name in names if name not in self._compiled]
         if new:
-            try:
-                built = tvm.compile(
-                    tvm.IRModule(new), target=tvm.target.Target(self.target.tvm_target)
-                )
-            except (RuntimeError, ValueError, TypeError) as error:
-                raise BuildError(
-                    f"TVM could not build {', '.join(new)} for {self.target.name}: {error}"
-                ) from error
-            library = built.mod if hasattr(built, "mod") else built
+            library = self.library(new)
             self._compiled.update({name: library[name] for name in new})
         return self._compiled
+
+    def export(self, names: Sequence[str], path: Path) -> Path:
+        """The functions as a shared library for the target's machine. Raises BuildError."""
+        linker = find_linker(self.target)
+        self.library(names).export_library(str(path), fcompile=linker)
+        return path
+
+    def library(self, names: Sequence[str]) -> Any:
+        """The machine code of the functions together. Raises BuildError."""
+        functions = {name: self.functions[name] for name in names}
+        try:
+            built = tvm.compile(
+                tvm.IRModule(functions), target=tvm.target.Target(self.target.tvm_target)
+            )
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise BuildError(
+                f"TVM could not build {', '.join(names)} for {self.target.name}: {error}"
+            ) from error
+        return built.mod if hasattr(built, "mod") else built

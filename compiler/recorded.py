@@ -63,7 +63,10 @@ class Device:
     def named(target: TargetSpec, threads: int) -> Device:
         """The target as it is named: a profile stands for any device with its instructions."""
         loosest: Level = "near" if target.name == registry.HOST else "other device"
-        return Device(target, TargetKey.of(target, threads), versions(), loosest)
+        key = TargetKey.of(target, threads)
+        if target.clusters:  # records of such cores come before those of others
+            key = replace(key, cores=target.mcpu)
+        return Device(target, key, versions(), loosest)
 
     def what_conv(
         self, site: ConvSite, kernel: ConvKernel[Any], config: KernelConfig

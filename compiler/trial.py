@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import tvm
@@ -50,12 +51,14 @@ def settle(
     parts: Parts,
     progress: Progress,
     recorded: Recorded | None = None,
+    trial: Networks | None = None,
 ) -> tuple[Plan, Program]:
     """The fastest plan with the fastest finalist of every layer, and its program.
 
-    All times go into the logs: what is compiled from them chooses the same.
+    All times go into the logs: what is compiled from them chooses the same. The networks run on
+    this machine unless `trial` has another.
     """
-    trial = Trial(parts)
+    trial = trial or Trial(parts)
     tuned = []
     for i, plan in enumerate(plans):
         progress("try in the network", i, len(plans) + 1)
@@ -170,8 +173,30 @@ class Runnable:
     held: list[Any]
 
 
+class Networks(Protocol):
+    """Runs networks: `Trial` on this machine, `BoardNetworks` on a board."""
+
+    def compare(self, programs: list[Program]) -> list[Seconds]:
+        """Median seconds of every call of each program, from interleaved runs."""
+        ...
+
+
+def medians(runs: Sequence[Callable[[], Seconds]]) -> list[Seconds]:
+    """Of each run's calls, when all run in turn until it has been often or long enough."""
+    samples: list[list[Seconds]] = [[] for _ in runs]
+    start = time.perf_counter()
+    for i in range(ROUNDS + 1):
+        for run, sample in zip(runs, samples, strict=True):
+            seconds = run()
+            if i:  # the first round warms up
+                sample.append(seconds)
+        if i >= LEAST_ROUNDS and time.perf_counter() - start > BUDGET_S:
+            break
+    return [np.median(np.stack(sample), axis=0) for sample in samples]
+
+
 class Trial:
-    """Runs programs in turn."""
+    """Runs programs in turn on this machine."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
@@ -181,20 +206,8 @@ class Trial:
     def compare(self, programs: list[Program]) -> list[Seconds]:
         """Median seconds of every call of each program, from interleaved runs."""
         runnables = [self.prepare(program) for program in programs]
-        samples: list[list[Seconds]] = [[] for _ in programs]
-
-        def rounds() -> None:
-            start = time.perf_counter()
-            for i in range(ROUNDS + 1):
-                for runnable, sample in zip(runnables, samples, strict=True):
-                    seconds = _run(runnable)
-                    if i:  # the first round warms up
-                        sample.append(seconds)
-                if i >= LEAST_ROUNDS and time.perf_counter() - start > BUDGET_S:
-                    return
-
-        self.pool.call(rounds)
-        return [np.median(np.stack(sample), axis=0) for sample in samples]
+        runs = [partial(_run, runnable) for runnable in runnables]
+        return self.pool.call(lambda: medians(runs))
 
     def prepare(self, program: Program) -> Runnable:
         """The program with its functions compiled and all of its buffers filled."""

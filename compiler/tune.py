@@ -10,9 +10,10 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from topiarist.compiler.choose import (
     Candidate,
@@ -53,6 +54,9 @@ from topiarist.tuning_logs.search import (
     make_strategy,
 )
 from topiarist.tuning_logs.sources import TuningLogs
+
+if TYPE_CHECKING:
+    from topiarist.compiler.boards.networks import OnBoards
 
 BATCH = 8  # candidates whose repeats are interleaved
 AGREE = 1.15  # two measurements of one thing that differ by more contradict each other
@@ -421,20 +425,23 @@ def tune_model(
     *,
     threads: int = 1,
     batch: int | None = None,
+    where: OnBoards | None = None,
     clock: Clock = time.monotonic,
     progress: ProgressCall | None = None,
 ) -> TuneReport:
-    """Search the kernels of a model on this machine and write what they take into the first log.
+    """Search the kernels of a model and write what they take into the first log.
 
-    Afterwards `compile --strict` from that log builds the fastest network that was found. Raises
-    ModelError, BuildError, TuningLogError or OutputError.
+    They run on this machine, or `where` the measurer has them run. Afterwards `compile --strict`
+    from that log builds the fastest network that was found. Raises ModelError, BuildError,
+    BoardError, TuningLogError or OutputError.
     """
     options = options or TuneOptions()
     report = progress or (lambda step: None)
     start = clock()
     graph = simplify(extract_layers(import_model(model, batch=batch)))
     parts = Parts(target, threads)
-    recorded = Recorded(logs, Device.here(target, threads), adds=True)
+    device = where.device() if where else Device.here(target, threads)
+    recorded = Recorded(logs, device, adds=True)
     tasks, layouts = find_tasks(graph, parts, recorded, options)
     tuner = Tuner(
         *(tasks, layouts, logs, measurer, options),
@@ -444,7 +451,7 @@ def tune_model(
     )
     finished = tuner.run()
     tuner.confirm()
-    plan = None if options.layers else _trial(graph, parts, recorded, tuner, report)
+    plan = None if options.layers else _trial(graph, parts, recorded, tuner, where, report)
     return TuneReport(
         layers=tuple(_tuned(tasks, plan, graph)),
         space=sum(len(task.variants) for task in tasks),
@@ -465,12 +472,18 @@ def _deadline(start: float, options: TuneOptions) -> float:
 
 
 def _trial(
-    graph: Graph, parts: Parts, recorded: Recorded, tuner: Tuner, report: ProgressCall
+    graph: Graph,
+    parts: Parts,
+    recorded: Recorded,
+    tuner: Tuner,
+    where: OnBoards | None,
+    report: ProgressCall,
 ) -> Plan | None:
     """Run the finalists in the network, unless that was done; what the logs then choose.
 
     None where the time was over before every layer had a time.
     """
+    networks = where.networks(parts) if where else None
 
     def choose(mode: Mode) -> list[Plan]:
         chooser = Chooser(
@@ -478,6 +491,7 @@ def _trial(
             dense=False,
             mode=mode,
             recorded=recorded,
+            seconds=networks.seconds if networks else None,
             progress=lambda stage, done, total: None,
         )
         return chooser.plans()
@@ -488,8 +502,8 @@ def _trial(
     if math.isinf(min(tuner.totals())):
         return None
     if tuner.measured or not all(plan.settled for plan in choose("strict")):
-        with pinned(parts.threads):
-            settle(graph, choose("finalists"), parts, step, recorded)
+        with nullcontext() if networks else pinned(parts.threads):
+            settle(graph, choose("finalists"), parts, step, recorded, networks)
     return choose("strict")[0]
 
 

@@ -51,3 +51,7 @@ class ProfileError(TopiaristError):
 
 class CalibrationError(TopiaristError):
     """Calibration images don't fit the model, are too few, or leave a layer without statistics."""
+
+
+class BoardError(TopiaristError):
+    """A board, or the tracker that knows it, can't be reached, doesn't fit, or has failed."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -323,7 +323,7 @@ class Covers:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return {"target": asdict(self.target), "tvm": self.tvm, "kernels": dict(self.kernels)}
+        return {"target": self.target.to_json(), "tvm": self.tvm, "kernels": dict(self.kernels)}
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Covers:

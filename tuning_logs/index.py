@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -40,6 +40,7 @@ class Rank(NamedTuple):
     """How far a record is from what was asked for; less is closer."""
 
     level: int  # of LEVELS
+    other_cores: bool  # of another kind, on another device
     other_tvm: bool
     density_gap: float
 
@@ -78,6 +79,7 @@ class Entry(NamedTuple):
     workload: bytes  # its key
     density: float
     device: bytes
+    cores: bytes
     tvm: bytes
     measured: bytes
     disturbed: bool
@@ -95,6 +97,7 @@ class Asked(NamedTuple):
     workload: bytes
     density: float
     device: bytes
+    cores: bytes
     tvm: bytes
 
     @staticmethod
@@ -106,6 +109,7 @@ class Asked(NamedTuple):
             workload_key(site.workload).encode(),
             density,
             in_json(site.target.device_model),
+            in_json(site.target.cores),
             in_json(site.tvm),
         )
 
@@ -116,11 +120,12 @@ class Asked(NamedTuple):
             return None
         other_tvm = entry.tvm != self.tvm
         level: Level = "exact" if entry.workload == self.workload else "near"
-        if entry.device != self.device:
+        if entry.device != self.device or not _same_cores(entry.cores, self.cores):
             level = "other device"
         elif other_tvm:
             level = "other TVM"
-        return Rank(LEVELS.index(level), other_tvm, gap)
+        other_cores = _kind(entry.cores) != _kind(self.cores)
+        return Rank(LEVELS.index(level), other_cores, other_tvm, gap)
 
 
 class Index:
@@ -163,9 +168,9 @@ class Index:
         self._count += 1
         self._sites[entry.site][entry.candidate].append(entry)
 
-    def _entry(self, groups: tuple[bytes, ...], start: int, size: int, number: int) -> Entry:
+    def _entry(self, groups: Sequence[bytes], start: int, size: int, number: int) -> Entry:
         config, drift, x, kernel, version, measured, y, residual = groups[:8]
-        device, place, timestamp, tvm, workload, key = groups[8:]
+        cores, device, place, timestamp, tvm, workload, key = groups[8:]
         cut = self._cuts.get(workload)
         if cut is None:
             cut = self._cuts[workload] = _cut(workload)
@@ -173,17 +178,18 @@ class Index:
         disturbed = drift != b"null" and float(drift) > DRIFT_LIMIT
         return Entry(
             *(start, size, number, site, hash((config, kernel, version)), key, cut[1]),
-            *(device, tvm, measured, disturbed, timestamp),
+            *(device, cores or in_json(""), tvm, measured, disturbed, timestamp),
         )
 
 
-def _groups(record: TuningRecord) -> tuple[bytes, ...]:
+def _groups(record: TuningRecord) -> Sequence[bytes]:
     """What `_LINE` cuts out of the record's canonical line."""
     what = record.input
     return (
         *map(in_json, (what.config, record.drift, what.input_layout, what.kernel)),
         *map(in_json, (what.kernel_version, record.measured, *what.layouts[1:])),
-        *(in_json(what.target.device_model), _place(what.target), in_json(record.timestamp)),
+        *(in_json(what.target.cores), in_json(what.target.device_model), _place(what.target)),
+        in_json(record.timestamp),
         *map(in_json, (what.versions["apache-tvm"], what.workload)),
         what.workload_key.encode(),
     )
@@ -194,10 +200,22 @@ def _site_hash(shape: bytes, layouts: list[bytes], place: bytes) -> int:
 
 
 def _place(target: TargetKey) -> bytes:
-    """A target without its model, as it stands in a line."""
+    """A target without its model and cores, as it stands in a line."""
     values = asdict(target)
-    del values["device_model"]
+    del values["device_model"], values["cores"]
     return in_json(values)[1:-1]
+
+
+def _same_cores(cores: bytes, asked: bytes) -> bool:
+    """Whether a record's cores are those asked for; a profile only knows their kind."""
+    if cores == asked or b" " in asked:
+        return cores == asked
+    return bool(_kind(asked)) and _kind(cores) in (b"", _kind(asked))
+
+
+def _kind(cores: bytes) -> bytes:
+    """The kind of core: `"cortex-a76 4-7"` -> `cortex-a76`."""
+    return cores.strip(b'"').partition(b" ")[0]
 
 
 def _cut(workload: bytes) -> tuple[bytes, float]:
@@ -218,7 +236,7 @@ def _pattern(text: bytes) -> re.Pattern[bytes]:
     parts = {
         b"TEXT": rb'"[^"\\]*(?:\\.[^"\\]*)*"',
         b"NUMBER": rb"\d+(?:\.\d+)?(?:e[+-]?\d+)?",
-        b"SCHEMA": str(SCHEMA).encode(),
+        b"SCHEMA": rb"[2%d]" % SCHEMA,
     }
     for name, pattern in parts.items():
         text = text.replace(name, pattern)
@@ -233,7 +251,7 @@ _LINE = _pattern(
     rb'\{"config":(\{[^{}]*\}),"drift":(null|NUMBER),"input_layout":(TEXT),"kernel":(TEXT),'
     rb'"kernel_version":(\d+),"measured":(TEXT),"message":TEXT,"output_layout":(TEXT),'
     rb'"residual_layout":(TEXT),"schema":SCHEMA,"seconds":\[[^\]"]*\],"status":TEXT,'
-    rb'"target":\{"device_model":(TEXT),("family":TEXT,"isa":TEXT,"lanes":\d+,"threads":\d+)\},'
+    rb'"target":\{(?:"cores":(TEXT),)?"device_model":(TEXT),("family":TEXT,"isa":TEXT,"lanes":\d+,"threads":\d+)\},'
     rb'"timestamp":(TEXT),"versions":\{"apache-tvm":(TEXT),"apache-tvm-ffi":TEXT,'
     rb'"topiarist":TEXT\},"workload":(\{.*\}),"workload_key":"([0-9a-f]{16})"\}\s*'
 )

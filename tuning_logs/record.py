@@ -27,7 +27,8 @@ if TYPE_CHECKING:  # importing the kernels would import TVM, which reading a log
 Status = Literal["ok", "build_error", "timeout", "crash", "wrong_result"]
 Measured = Literal["alone", "in network"]
 
-SCHEMA = 2  # 1 lacks `drift` and the status `crash`
+SCHEMA = 3  # 1 lacks `drift` and the status `crash`; only 3 has cores, and lines without keep 2
+_WITHOUT_CORES = 2
 STATUSES: tuple[Status, ...] = ("ok", "build_error", "timeout", "crash", "wrong_result")
 MEASURED: tuple[Measured, ...] = ("alone", "in network")
 PACKAGES = ("topiarist", "apache-tvm", "apache-tvm-ffi")  # whose versions a record names
@@ -44,16 +45,21 @@ _TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
 
 @dataclass(frozen=True)
 class TargetKey:
-    """The device as far as a kernel's time depends on it, with the number of threads used."""
+    """The device as far as a kernel's time depends on it, with the number of threads used.
+
+    `cores` are those that a board ran on, their kind first: `cortex-a76 4-7`. It is empty where
+    all cores are alike and none were picked, and then no line has it.
+    """
 
     family: str  # x86, arm, cuda
     isa: str  # avx512, avx2, neon, ...
     lanes: int
     device_model: str  # "unknown" where the machine doesn't tell
     threads: int
+    cores: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("family", "isa", "device_model"):
+        for name in ("family", "isa", "device_model", *(["cores"] if self.cores != "" else [])):
             _check_text(name, getattr(self, name))
         for name in ("lanes", "threads"):
             _check_count(name, getattr(self, name))
@@ -66,7 +72,13 @@ class TargetKey:
 
     def __str__(self) -> str:
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        return f"{self.family}/{self.isa}/{self.lanes}/{self.device_model}/{threads}"
+        cores = f"/{self.cores}" if self.cores else ""
+        return f"{self.family}/{self.isa}/{self.lanes}/{self.device_model}/{threads}{cores}"
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, without cores that nobody picked."""
+        values = asdict(self)
+        return values if self.cores else {name: values[name] for name in values if name != "cores"}
 
 
 def target_key(spec: TargetSpec, threads: int) -> str:
@@ -243,18 +255,20 @@ class TuningRecord:
         """One line of ASCII JSON with sorted keys, without the newline."""
         values: dict[str, Any] = {name: getattr(self, name) for name in _RESULT_FIELDS}
         values |= {name: getattr(self.input, name) for name in _INPUT_FIELDS}
-        values["target"] = asdict(self.input.target)
-        return encode(values | {"schema": SCHEMA, "workload_key": self.input.workload_key})
+        values["target"] = self.input.target.to_json()
+        schema = SCHEMA if self.input.target.cores else _WITHOUT_CORES
+        return encode(values | {"schema": schema, "workload_key": self.input.workload_key})
 
     @staticmethod
     def from_line(line: str | bytes) -> TuningRecord:
         """The record of a line. Raises TuningLogError saying what is wrong with it."""
         try:
             values = parse(line)
-            if _check_schema(values) < 2:
+            schema = _check_schema(values)
+            if schema < 2:
                 values = _with_drift(values)
             _check_names("the record", values, _LINE_FIELDS)
-            return _from_json(values)
+            return _from_json(values, schema)
         except ValueError as error:
             raise TuningLogError(str(error)) from error
 
@@ -295,13 +309,17 @@ def parse(line: str | bytes) -> dict[str, Any]:
     return values
 
 
-def _from_json(values: dict[str, Any]) -> TuningRecord:
+def _from_json(values: dict[str, Any], schema: int) -> TuningRecord:
     target, seconds = values["target"], values["seconds"]
     if not isinstance(target, dict):
         raise ValueError("target is no JSON object")
     if not isinstance(seconds, list):
         raise ValueError("seconds is no list")
-    _check_names("target", target, _TARGET_FIELDS)
+    if schema > _WITHOUT_CORES:
+        _check_names("target", target, _TARGET_FIELDS)
+        _check_text("cores", target["cores"])
+    else:
+        _check_names("target", target, _TARGET_FIELDS - {"cores"})
     rest = {name: values[name] for name in _INPUT_FIELDS}
     what = MeasureInput(**rest, target=TargetKey(**target))
     if values["workload_key"] != what.workload_key:

@@ -72,7 +72,7 @@ class Match:
             "exact": "",
             "near": f" (density {what.sparsity.get('density')})",
             "other TVM": f" ({what.versions['apache-tvm']})",
-            "other device": f" ({what.target.device_model})",
+            "other device": f" ({' '.join((what.target.device_model, what.target.cores)).strip()})",
         }
         return self.level + differs[self.level]
 
@@ -165,9 +165,10 @@ class TuningLog:
         """
         with self._current() as file:
             asked = Asked.of(site)
-            groups: dict[tuple[Rank, bytes, bytes, bytes], list[Entry]] = defaultdict(list)
+            groups: dict[tuple[Rank, *tuple[bytes, ...]], list[Entry]] = defaultdict(list)
             for rank, entry in _fitting(self._index.of_site(asked), asked, measured, loosest):
-                groups[rank, entry.device, entry.tvm, entry.workload].append(entry)
+                place = (entry.device, entry.cores, entry.tvm, entry.workload)
+                groups[(rank, *place)].append(entry)
             for key in sorted(groups):
                 records = filter(usable, self._last_of_each(file, groups[key]))
                 ordered = sorted(records, key=lambda r: (r.run_us, r.id))

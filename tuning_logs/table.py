@@ -15,7 +15,7 @@ from topiarist.tuning_logs.store import most_credible
 COLUMNS = (
     *("id", "measurement_key", "workload_key", "workload", "density", "pattern"),
     *("kernel", "kernel_version", "config", "input_layout", "output_layout", "residual_layout"),
-    *("family", "isa", "lanes", "device_model", "threads"),
+    *("family", "isa", "lanes", "device_model", "threads", "cores"),
     *("topiarist", "apache_tvm", "apache_tvm_ffi"),
     *("measured", "status", "message", "run_us", "min_us", "max_us", "repeats", "drift"),
     "timestamp",

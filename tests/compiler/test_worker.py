@@ -6,16 +6,14 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from tests.compiler import bad_kernels
 from tests.schedules.kernel_contract import CASES, ConvCase, make_problem
+from topiarist.compiler.layer_bench import FEW_ROUNDS, ROUNDS, Here, LayerBench
 from topiarist.compiler.worker import (
-    FEW_ROUNDS,
-    ROUNDS,
     Batch,
     Layer,
     Limits,
@@ -23,7 +21,6 @@ from topiarist.compiler.worker import (
     Steady,
     Variant,
     Worker,
-    _Bench,
 )
 from topiarist.errors import BuildError
 from topiarist.schedules.cpu.kernels import DirectDense, DirectSparse
@@ -96,9 +93,9 @@ def test_a_process_that_is_killed_is_replaced(worker: Worker) -> None:
     layer = layer_of(CASES["pointwise"])
     variants = variants_of(layer, DirectDense())
     worker.measure(layer, variants)
-    assert worker._process is not None and worker._process.pid is not None
-    os.kill(worker._process.pid, signal.SIGKILL)
-    worker._process.join()
+    assert worker.child.pid is not None
+    os.kill(worker.child.pid, signal.SIGKILL)
+    worker.child.death()
     batch: Batch = worker.measure(layer, variants)
     assert batch.outcomes[0].status == "ok"
 
@@ -110,13 +107,6 @@ def test_data_that_does_not_fit_is_an_error_of_ours() -> None:
         worker.measure(broken, variants_of(layer, DirectDense()))
 
 
-class Silent:
-    """A connection that nobody listens at."""
-
-    def send(self, message: object) -> None:
-        pass
-
-
 def test_machine_code_is_kept_for_other_zeros_only() -> None:
     """And its results are checked against those of the new zeros."""
     layer = layer_of(CASES["density_0.3"])
@@ -126,7 +116,7 @@ def test_machine_code_is_kept_for_other_zeros_only() -> None:
     redrawn = Layer(
         replace(layer.site, workload=workload), weight.astype(np.float32), layer.bias + 1
     )
-    bench = _Bench(cast(Any, Silent()), 1)
+    bench = LayerBench(Here(1), lambda stage, index: None)
     outcomes, parts = [], []
     for each in (layer, redrawn, layer_of(CASES["pointwise"])):
         outcomes += bench.measure(each, variants_of(each, DirectDense(), DirectSparse())).outcomes

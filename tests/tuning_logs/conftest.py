@@ -23,6 +23,7 @@ def make_record(number: int = 0, us: float = 100.0, **changes: Any) -> TuningRec
             "lanes": 8,
             "device_model": "Some CPU @ 2.10GHz",
             "threads": 1,
+            "cores": "",
         }.items()
     }
     size = changes.pop("size", 14)

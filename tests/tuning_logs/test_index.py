@@ -95,6 +95,7 @@ def test_what_never_answers(log, sparse, change):
         ({"versions": OTHER_TVM}, "other TVM", "other TVM (0.27.1)"),
         ({"device_model": "Another CPU"}, "other device", "other device (Another CPU)"),
         ({"device_model": "A", "versions": OTHER_TVM}, "other device", "other device (A)"),
+        ({"cores": "big 4-7"}, "other device", "other device (Some CPU @ 2.10GHz big 4-7)"),
     ],
 )
 def test_another_tvm_or_device_answers_where_that_is_enough(log, sparse, change, level, text):
@@ -139,6 +140,31 @@ def test_of_other_devices_one_with_this_tvm_is_closer(log, sparse):
     assert log.best(Site.of(sparse().input), loosest="other device")[0].record == same
 
 
+def test_of_other_devices_one_with_such_cores_is_closer(log, sparse):
+    other = sparse(device_model="A", cores="cortex-a55 0-3")
+    same = sparse(0.12, device_model="B", cores="cortex-a76 4-7", versions=OTHER_TVM)
+    log.append([other, same])
+    asked = sparse(device_model="a profile", cores="cortex-a76").input
+    assert log.find(asked, loosest="other device").record == same
+    assert log.best(Site.of(asked), loosest="other device")[0].record == same
+
+
+@pytest.mark.parametrize(
+    ("of", "asked", "level"),
+    [
+        ("cortex-a76 4-7", "cortex-a76", "exact"),  # a profile doesn't know the numbers
+        ("", "cortex-a76", "exact"),  # tuned on the board itself
+        ("cortex-a55 0-3", "cortex-a76", "other device"),
+        ("cortex-a76 4-7", "cortex-a76 4-5", "other device"),
+        ("cortex-a76 4-7", "", "other device"),
+        ("", "cortex-a76 4-7", "other device"),
+    ],
+)
+def test_cores(log, sparse, of, asked, level):
+    log.append([sparse(cores=of)])
+    assert log.find(sparse(cores=asked).input, loosest="other device").level == level
+
+
 def test_what_is_not_usable_gives_way(log, sparse):
     """The closest records may be of an old version of the only kernel."""
     old = [sparse(number=n, kernel_version=1) for n in range(2)]
@@ -169,6 +195,7 @@ STRANGE = [
     {"device_model": 'CPU(R) "fast"\\ \u00ae } {'},
     {"drift": 1.25},
     {"drift": 1e5},
+    {"cores": "cortex-a76 4-7"},
     {"status": "crash", "message": 'signal 11\n"workload":{},"workload_key":""}'},
     {"workload": {"sparsity": "none"}},
     {"workload": {"sparsity": {"density": 0.1}}},

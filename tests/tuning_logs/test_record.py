@@ -67,6 +67,7 @@ def test_the_key_of_a_workload_is_its_own(record, workload):
         {"lanes": 16},
         {"device_model": "Another CPU"},
         {"threads": 2},
+        {"cores": "cortex-a76 4-7"},
         {"versions": {**VERSIONS, "apache-tvm": "0.27.1"}},
     ],
     ids=lambda change: next(iter(change)),
@@ -110,6 +111,8 @@ def test_target_key():
     spec = replace(registry.get("x86-avx2"), device_model="Fast(R)  CPU / 3 @ 2GHz")
     assert target_key(spec, 2) == "x86/avx2/8/Fast(R) CPU / 3 @ 2GHz/2 threads"
     assert target_key(replace(spec, device_model=" "), 1) == "x86/avx2/8/unknown/1 thread"
+    board = TargetKey("arm", "neon", 4, "Some Board", 4, "cortex-a76 4-7")
+    assert str(board) == "arm/neon/4/Some Board/4 threads/cortex-a76 4-7"
 
 
 def test_a_convolution(workload):
@@ -285,9 +288,22 @@ def test_an_altered_workload_no_longer_has_its_key(record):
 
 
 def test_a_newer_schema_asks_for_an_upgrade(record):
-    line = record().to_line().replace('"schema":2', '"schema":3,"more":[]')
-    with pytest.raises(NewerLogError, match=r"schema 3 is newer .* upgrade topiarist"):
+    line = record().to_line().replace('"schema":2', '"schema":4,"more":[]')
+    with pytest.raises(NewerLogError, match=r"schema 4 is newer .* upgrade topiarist"):
         TuningRecord.from_line(line)
+
+
+def test_only_lines_with_cores_have_schema_3(record):
+    """So that older versions read all others, and logs stay as they are byte for byte."""
+    plain, board = record(), record(cores="cortex-a76 4-7")
+    assert '"schema":2' in plain.to_line() and "cores" not in plain.to_line()
+    assert '"schema":3' in board.to_line() and TuningRecord.from_line(board.to_line()) == board
+    with pytest.raises(TuningLogError, match="unknown field 'cores'"):
+        TuningRecord.from_line(board.to_line().replace('"schema":3', '"schema":2'))
+    with pytest.raises(TuningLogError, match="lacks cores"):
+        TuningRecord.from_line(plain.to_line().replace('"schema":2', '"schema":3'))
+    with pytest.raises(TuningLogError, match="cores is ''"):
+        TuningRecord.from_line(board.to_line().replace("cortex-a76 4-7", ""))
 
 
 def test_a_line_of_schema_1_says_nothing_of_drift(record):
