@@ -26,7 +26,7 @@ _KEPT = {  # what of the wheels is kept, and where
     "tvm/lib/libtvm_runtime.so": "lib/libtvm_runtime.so",
     f"tvm/include/{VERSION_HEADER}": f"include/{VERSION_HEADER}",
     "tvm_ffi/lib/libtvm_ffi.so": "lib/libtvm_ffi.so",
-    "tvm_ffi/include": "include",
+    "tvm_ffi/include/": "include/",
 }
 
 
@@ -69,8 +69,7 @@ def fetch_runtime(target: TargetSpec, wheels: Path | None = None) -> BoardRuntim
         found = wheels or _download(target, toolchain, wanted, Path(work, "wheels"))
         fresh = Path(work, "runtime")
         for package, version in wanted.items():
-            _unpack(_find_wheel(found, package, version, toolchain), Path(work, "content"))
-        _sort(Path(work, "content"), fresh)
+            _unpack(_find_wheel(found, package, version, toolchain), fresh)
         check_runtime(BoardRuntime(fresh), toolchain)
         shutil.rmtree(runtime.folder, ignore_errors=True)
         fresh.rename(runtime.folder)
@@ -157,17 +156,17 @@ def _find_wheel(folder: Path, package: str, version: str, toolchain: Toolchain) 
 def _unpack(wheel: Path, into: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as file:
-            kept = [n for n in file.namelist() if n.startswith(tuple(_KEPT))]
-            file.extractall(into, kept)
+            for member in file.namelist():
+                if (place := _place(member)) is not None:
+                    (into / place).parent.mkdir(parents=True, exist_ok=True)
+                    (into / place).write_bytes(file.read(member))
     except (OSError, zipfile.BadZipFile) as error:
         raise TargetError(f"{wheel} can't be unpacked: {error}") from error
 
 
-def _sort(content: Path, runtime: Path) -> None:
+def _place(member: str) -> str | None:
+    """Where a file of a wheel goes; None for folders and what is not kept."""
     for name, place in _KEPT.items():
-        source, goal = content / name, runtime / place
-        if source.is_dir():
-            shutil.copytree(source, goal, dirs_exist_ok=True)
-        elif source.is_file():
-            goal.parent.mkdir(parents=True, exist_ok=True)
-            source.rename(goal)
+        if member.startswith(name) and not member.endswith("/"):
+            return place + member.removeprefix(name)
+    return None

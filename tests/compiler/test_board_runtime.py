@@ -40,6 +40,7 @@ def write_wheels(folder: Path, machine: int = ARM64) -> Path:
         },
         "apache-tvm-ffi": {
             "tvm_ffi/lib/libtvm_ffi.so": library,
+            "tvm_ffi/include/": b"",
             "tvm_ffi/include/tvm/ffi/any.h": b"",
         },
     }

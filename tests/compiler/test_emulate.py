@@ -17,6 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
+from tests import cross
 from tests.models import Net, random_inputs, run_onnx, worst_error
 from topiarist.compiler import choose
 from topiarist.compiler.board_runtime import BoardRuntime, fetch_runtime, write_runtime
@@ -32,7 +33,7 @@ from topiarist.schedules.kernels import CONV_KERNELS
 from topiarist.targets import registry
 from topiarist.targets.toolchain import AARCH64
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, cross.needs_emulator(AARCH64), cross.needs_compiler(AARCH64)]
 
 BOARD = registry.get("rpi4")
 QEMU = (AARCH64.emulator, "-L", AARCH64.sysroot, "-cpu", BOARD.mcpu)
@@ -44,10 +45,6 @@ Program = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture(scope="session")
 def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BoardRuntime]:
     """The board's runtime, fetched once, in a cache that is the tests' own."""
-    packages = {AARCH64.emulator: AARCH64.emulator_package, AARCH64.compiler: AARCH64.package}
-    for tool, package in packages.items():
-        if shutil.which(tool) is None:
-            pytest.skip(f"needs {tool}, of the package {package}")
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("platformdirs.user_cache_path", lambda *_, **__: cache)
@@ -197,7 +194,7 @@ def test_the_example_is_built_and_run(
 ) -> None:
     """As the documentation says: `targets runtime -o`, cmake, install, copy, run."""
     if shutil.which("cmake") is None:
-        pytest.skip("needs cmake, of the package cmake")
+        pytest.skip("needs cmake (Debian package cmake)")
     path, bundle = small
     source, build, board = (tmp_path / name for name in ("runtime", "build", "board"))
     write_runtime(runtime, source)
