@@ -47,8 +47,7 @@ MAX_ERROR = 1e-4
 FIRST_TRIES = 2  # of a kernel that then lies HOPELESS times behind
 HOPELESS = 2.0
 PREDICTED = 24  # configurations of a kernel, the best by estimate, that a latency model looks at
-# Rough rates for estimates: a dense layer reads its weights once; a sparse one gathers inputs.
-LINEAR_WEIGHTS_PER_US = 4000.0
+# A rough rate for estimates: weights that a sparse layer reads while a dense one reads one.
 SPARSE_LINEAR_RATE = 0.4
 
 
@@ -472,7 +471,7 @@ class Chooser:
     ) -> Candidate:
         if self.timer is None:
             work = density / SPARSE_LINEAR_RATE if kernel == "sparse_linear" else 1.0
-            us = work * node.weight.size / LINEAR_WEIGHTS_PER_US
+            us = work * node.weight.size / core_of(self.target).weights_per_us
             if self.predictor is not None:
                 what = self.predictor.device.what_linear(node, shape, kernel)
                 (us,) = self.predictor.run_us([what])

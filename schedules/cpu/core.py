@@ -32,6 +32,7 @@ class Core:
     fma: float  # a multiply-add of registers
     nonzero: float  # index and weight of one nonzero
     visit: float  # per vector of a tile, which a visit to a row loads and stores
+    turn: float  # beyond that, to a row: its loop starts, and ends unforeseen
     dense_fma: float
     dense_load: float
     exposed: float  # share of dense loads that multiply-adds do not hide
@@ -39,6 +40,7 @@ class Core:
     transform: float  # of Winograd's, per vector
     far_bytes: float
     nonzero_bytes: float
+    weights_per_us: float  # of dense fully connected layers, which read each once
 
 
 # Fitted to 500 timed configurations of 16 layers at 90 % zeros with 16 lanes, at a nominal clock.
@@ -54,6 +56,7 @@ _X86 = Core(
     fma=0.55,
     nonzero=1.2,
     visit=3.0,
+    turn=0.0,
     dense_fma=0.5,
     dense_load=0.5,
     exposed=0.0,
@@ -61,6 +64,7 @@ _X86 = Core(
     transform=3.0,
     far_bytes=8.0,
     nonzero_bytes=0.0,  # `nonzero` has them
+    weights_per_us=4000.0,
 )
 
 
@@ -79,6 +83,7 @@ def _arm(target: TargetSpec) -> Core:
 
     A core that works in order needs registers for loads on their way.
     """
+    bandwidth_gbs = target.bandwidth_gbs or _BANDWIDTH_GBS
     clock_ghz = target.clock_ghz or _CLOCK_GHZ
     fma = 1 / (target.fma_per_cycle or 1.0)
     load = max(fma, 1 / _MOST_LOADS)
@@ -95,12 +100,14 @@ def _arm(target: TargetSpec) -> Core:
         l2_load=(2.0 if in_order else 1.0) * load,
         fma=fma,
         nonzero=5.5 if in_order else 2 * load + 1.5,
-        visit=3 * load,
+        visit=2 * load,
+        turn=15.0,
         dense_fma=fma,
         dense_load=load,
         exposed=0.1,
         latency=4.0,
         transform=1.5 + 4 * load,
-        far_bytes=(target.bandwidth_gbs or _BANDWIDTH_GBS) / clock_ghz,
+        far_bytes=bandwidth_gbs / clock_ghz,
         nonzero_bytes=6.0,
+        weights_per_us=bandwidth_gbs * 1000 / 4,
     )

@@ -112,7 +112,7 @@ class Estimator:
         if config.out_block > 1:
             # Its inputs are in registers too, beside a weight; what does not fit, spills.
             fma += max(0, vectors * (config.out_block + 1) + 1 - self.target.registers)
-        visit = core.visit * vectors * config.out_block
+        visit = core.visit * vectors * config.out_block + core.turn
         work = tiles_all * (nonzeros * (core.nonzero + max(load, fma)) + rows * in_blocks * visit)
         return work + nonzeros * config.out_block * core.nonzero_bytes / core.far_bytes
 
