@@ -48,9 +48,13 @@ class Network:
         return f"127.0.0.1:{self.port}"
 
     def start(self, *args: str) -> subprocess.Popen[bytes]:
-        """A Python process."""
+        """A Python process that runs a module."""
+        return self.run([sys.executable, "-m", *args])
+
+    def run(self, command: list[str]) -> subprocess.Popen[bytes]:
+        """A process that ends with the network."""
         process = subprocess.Popen(
-            [sys.executable, "-m", *args],
+            command,
             cwd=Path(__file__).parents[3],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
