@@ -15,8 +15,8 @@ HOST = "host"
 
 
 def names() -> list[str]:
-    """All target names: `host`, this machine, is the first; the user's are the last."""
-    return [HOST, *sorted(built_in()), *sorted(_of_users_folder())]
+    """All target names: `host`, this machine, then family by family; the user's are the last."""
+    return [HOST, *built_in(), *_of_users_folder()]
 
 
 def get(name: str) -> TargetSpec:
@@ -53,4 +53,5 @@ def _of_user(path: Path) -> TargetSpec:
 def _of_users_folder() -> dict[str, Path]:
     """The user's files by name; one with a name that is taken by its path, to be complained of."""
     files = board_file.users_files()
-    return {str(p) if p.stem in built_in() else p.stem: p for p in files}
+    taken = {HOST, *built_in()}
+    return {str(p) if p.stem in taken else p.stem: p for p in files}

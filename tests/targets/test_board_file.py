@@ -130,8 +130,9 @@ def test_a_name_that_is_taken(name: str, folder: Path) -> None:
         registry.get(str(path))
 
 
-def test_a_taken_name_shows_in_the_list(folder: Path) -> None:
-    path = write(folder, name="rpi4.toml")
+@pytest.mark.parametrize("name", ["rpi4", "host"])
+def test_a_taken_name_shows_in_the_list(name: str, folder: Path) -> None:
+    path = write(folder, name=f"{name}.toml")
     assert registry.names()[-1] == str(path)
     assert registry.get("rpi4").device_model == "Raspberry Pi 4 (BCM2711)"
 
