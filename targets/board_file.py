@@ -144,8 +144,10 @@ def _cluster(values: dict[str, Any], triple: str, place: str) -> Cluster:
 
 
 def _check_mcpu(mcpu: str, triple: str, place: str) -> None:
-    known = llvm.processors(triple) | {GENERIC}
-    if mcpu not in known:
+    if mcpu == GENERIC:
+        return
+    known = llvm.processors(triple)
+    if known and mcpu not in known:
         near = difflib.get_close_matches(mcpu, known, n=3) or sorted(known & BY_MCPU.keys())
         raise TargetError(
             f"{place}: LLVM has no mcpu {mcpu!r} for {triple}; it has {', '.join(near)} and others"

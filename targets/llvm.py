@@ -7,9 +7,15 @@ from functools import cache
 
 @cache
 def processors(triple: str) -> frozenset[str]:
-    """LLVM's names of the processors of a triple; takes seconds, for TVM is imported."""
+    """LLVM's names of the processors of a triple; takes seconds, for TVM is imported.
+
+    None where TVM has no compiler, as on a board that only serves.
+    """
     import tvm
     from tvm.target import codegen
+
+    if tvm.base._RUNTIME_ONLY:
+        return frozenset()
 
     target = tvm.target.Target({"kind": "llvm", "mtriple": triple})
     return frozenset(str(name) for name in codegen.llvm_get_cpu_archlist(target))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
+import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -85,7 +88,9 @@ class BoardLink:
         self.limits = options.limits
         self.board: Board | None = None
         self.address = ""  # of the board that the tracker gave us last
-        self._child = Child(hold_board, (options,))
+        self._folder = tempfile.mkdtemp(prefix="topiarist-")  # a killed process removes nothing
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._child = Child(hold_board, (options, self._folder))
 
     @property
     def pid(self) -> int | None:
@@ -135,8 +140,9 @@ class BoardLink:
         return LinkFailed(stage, at, Outcome((), status, message))
 
 
-def hold_board(connection: Connection, options: BoardOptions, parent: int) -> None:
+def hold_board(connection: Connection, options: BoardOptions, folder: str, parent: int) -> None:
     """The process: gets a board when asked to, and answers requests until the session is over."""
+    tempfile.tempdir = folder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     end_with(parent)
     with contextlib.suppress(EOFError, ConnectionError):

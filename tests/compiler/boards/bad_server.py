@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import tvm.rpc.server
-
+from topiarist.compiler import runtime
 from topiarist.compiler.boards import server
 from topiarist.compiler.boards.board import Cores
 from topiarist.targets import linux
+from topiarist.targets.detect import detect, runs_here
 
 # The opcode that follows the prefix of vfmadd231ps (VEX or EVEX), and that of vfnmadd231ps.
 _FMA = re.compile(rb"(\xc4[\x00-\xff]{2}|\x62[\x00-\xff]{3})\xb8")
@@ -43,6 +43,9 @@ def old() -> None:
 
 def garbage() -> None:
     """A processor that subtracts where it should add."""
+    runtime.load()
+    import tvm.rpc.server
+
     load = tvm.rpc.server._load_module
 
     def load_wrong(path: str) -> Any:
@@ -64,8 +67,19 @@ def plain() -> None:
     server._register = lambda cores: None  # type: ignore[assignment]
 
 
+def emulated() -> None:
+    """No fault: QEMU shows the processor of the machine that it runs on; here is another."""
+    cpuinfo = Path(tempfile.mkdtemp()) / "cpuinfo"
+    core = "CPU implementer\t: 0x41\nCPU part\t: 0xd08\nFeatures\t: fp asimd\n"
+    cpuinfo.write_text(f"processor\t: 0\n{core}\nprocessor\t: 1\n{core}")
+    sources = linux.Sources(cpuinfo=cpuinfo)
+    server.detect = lambda: detect(sources)  # type: ignore[assignment,misc]
+    server.runs_here = lambda spec: runs_here(spec, cpuinfo)  # type: ignore[assignment,misc]
+
+
 def main(fault: str, tracker_port: str, key: str) -> None:
-    {"old": old, "garbage": garbage, "full": full, "plain": plain}[fault]()
+    faults = {f.__name__: f for f in (old, garbage, full, plain, emulated)}
+    faults[fault]()
     cpus = tuple(linux.available_cpus())
     options = server.ServeOptions(
         *(("127.0.0.1", int(tracker_port)), key, Cores(cpus, "")),

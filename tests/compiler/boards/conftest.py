@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ class Network:
     """A tracker, and boards by key; each is a process with a group of its own."""
 
     port: int
+    folder: str  # for what killed processes leave behind
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
@@ -48,10 +50,15 @@ class Network:
         return f"127.0.0.1:{self.port}"
 
     def start(self, *args: str) -> subprocess.Popen[bytes]:
-        """A Python process."""
+        """A Python process that runs a module."""
+        return self.run([sys.executable, "-m", *args])
+
+    def run(self, command: list[str]) -> subprocess.Popen[bytes]:
+        """A process that ends with the network."""
         process = subprocess.Popen(
-            [sys.executable, "-m", *args],
+            command,
             cwd=Path(__file__).parents[3],
+            env={**os.environ, "TMPDIR": self.folder},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -133,7 +140,8 @@ def stopped(process: subprocess.Popen[bytes]) -> Iterator[None]:
 def network() -> Iterator[Network]:
     """A tracker that runs."""
     with ExitStack() as stack:
-        made = Network(free_port())
+        folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        made = Network(free_port(), folder)
         stack.callback(made.close)
         made.track()
         made.wait()
