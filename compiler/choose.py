@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -109,6 +109,17 @@ class Plan:
     def settled(self) -> bool:
         """Whether all kernels were chosen in earlier trials."""
         return all(choice.settled for choice in self.choices.values())
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The layouts to use, and of each convolution the candidates that promise most.
+
+    Nothing is timed alone then: the candidates go into the trial in the network at once.
+    """
+
+    layouts: LayoutPlan
+    candidates: Mapping[str, tuple[Candidate, ...]]
 
 
 def workload_of(node: Conv, graph: Graph) -> ConvWorkload:
@@ -214,6 +225,13 @@ class Chooser:
         if self.recorded is not None and all(plan.settled for plan in plans):
             plans = self._as_networks(plans, self.recorded)
         return sorted(plans, key=lambda plan: plan.total_us)
+
+    def advised(self, advice: Advice) -> Plan:
+        """The one plan that is left to try."""
+        choices = {name: choice for name, choice in self._linears().items() if choice is not None}
+        choices |= {name: Choice(found[0], found) for name, found in advice.candidates.items()}
+        plan = Plan(advice.layouts, self.workloads, choices, 0.0)
+        return replace(plan, total_us=sum(c.chosen.run_us for c in choices.values()))
 
     def _as_strict(self) -> Chooser:
         """This one, taking everything from the logs."""
