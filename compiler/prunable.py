@@ -6,7 +6,7 @@ Prices come from a latency model. What the compiled network really took corrects
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -205,20 +205,18 @@ class Prunable:
         return copy
 
     def _plan(self, prices: Prices) -> Plan:
-        asked: list[tuple[str, SparsitySignature | None]] = [(name, None) for name in prices.layers]
+        dense = prices.prices([(name, None) for name in prices.layers])
+        own = {name: price.run_us for name, price in zip(prices.layers, dense, strict=True)}
+        asked = [(name, zeros) for name, at in self.zeros.items() for zeros in at.values()]
+        found = iter(prices.prices(asked))
+        layers = []
         for name, levels in self.zeros.items():
-            asked += [(name, sparsity) for sparsity in levels.values()]
-        found = iter([price.run_us for price in prices.prices(asked)])
-        own = {name: next(found) for name in prices.layers}
-        layers = tuple(self._layer_options(own, found))
-        return Plan(prices, layers, {n: us for n, us in own.items() if n not in self.zeros})
-
-    def _layer_options(
-        self, own: Mapping[str, float], found: Iterator[float]
-    ) -> Iterator[LayerOptions]:
-        for name, levels in self.zeros.items():
-            pruned = [Option(v, next(found), self.errors[name][v]) for v in levels]
-            yield LayerOptions(name, (Option(DENSE, own[name], 0.0), *pruned))
+            sparse = {level: next(found).sparse_us for level in levels}
+            errors = self.errors[name]
+            pruned = [Option(v, us, errors[v]) for v, us in sparse.items() if us is not None]
+            layers.append(LayerOptions(name, (Option(DENSE, own[name], 0.0), *pruned)))
+        fixed_us = {name: us for name, us in own.items() if name not in self.zeros}
+        return Plan(prices, tuple(layers), fixed_us)
 
 
 def _zeros(database: Database, prices: Prices) -> dict[str, dict[Level, SparsitySignature]]:

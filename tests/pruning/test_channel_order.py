@@ -181,7 +181,7 @@ def test_nothing_cut_is_nothing_changed():
     assert compensate(model, {}, _images(model)) == model
 
 
-def test_output_errors_tell_groups_apart():
+def test_channel_errors_tell_groups_apart():
     """A block that hardly matters for the sum costs little, whatever its own layers lose."""
     net = Net()
     x = net.node("Relu", net.conv(net.input("N", 3, 6, 6), 8, 3, name="stem"))
