@@ -29,7 +29,7 @@ from topiarist.compiler.latency import Source
 from topiarist.compiler.output_file import write_file
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.pipeline import compile_model
-from topiarist.compiler.prunable import Proposal, Prunable
+from topiarist.compiler.prunable import Proposal, Prunable, narrowed
 from topiarist.errors import BudgetError
 from topiarist.pruning.calibration import Images
 from topiarist.pruning.channel_cuts import ChannelCuts
@@ -131,7 +131,7 @@ class Guided:
     @property
     def reached(self) -> bool:
         """Whether the measured latency is within the tolerance of what was asked for."""
-        return abs(self.run_us / self.goal.us(self.dense_us) - 1) <= TOLERANCE
+        return _near(self.run_us, self.goal.us(self.dense_us))
 
     @property
     def levels(self) -> dict[str, Level]:
@@ -208,14 +208,18 @@ class GuidedPruner:
         rounds: list[Round] = []
         while True:
             proposal = network.propose(max(wanted_us, network.least_us), even=even)
+            advice = network.advice(proposal)
             model = network.with_zeros(proposal.allocation.levels)
-            bundle = self._compile_candidate(model, "candidate", network.advice(proposal))
+            bundle = self._compile_candidate(model, "candidate", advice)
             run_us = self.dense_us / self._ratio(bundle)[0]
             rounds.append(Round(proposal.expected_us, run_us))
-            if abs(run_us / wanted_us - 1) <= TOLERANCE or len(rounds) == ROUNDS:
-                break
+            if _near(run_us, wanted_us) or len(rounds) == ROUNDS:
+                advice = narrowed(advice, read_manifest(bundle))
+                found = self._finish(goal, network, proposal, advice, rounds)
+                if found.reached or len(rounds) == ROUNDS:
+                    return found
+                bundle, run_us = self.folder / "pruned.topi", found.run_us
             network.correct(proposal, read_manifest(bundle), run_us)
-        return self._finish(goal, network, proposal, rounds)
 
     def _contest(self, wanted_us: float) -> tuple[Prunable, bool]:
         """The network, and whether with even levels, whose outputs are nearest to the dense ones.
@@ -242,9 +246,14 @@ class GuidedPruner:
         return entrants[int(np.argmin(errors))][:2]
 
     def _finish(
-        self, goal: Goal, network: Prunable, proposal: Proposal, rounds: Sequence[Round]
+        self,
+        goal: Goal,
+        network: Prunable,
+        proposal: Proposal,
+        advice: Advice,
+        rounds: Sequence[Round],
     ) -> Guided:
-        """Reconstruct the last choice, compile it with the same candidates, time it once more."""
+        """Reconstruct the last choice, compile it with the kernels that won, time it once more."""
         levels = proposal.allocation.levels
         self.progress("reconstruct", 0, 100)
         pruned = stitch(
@@ -254,7 +263,7 @@ class GuidedPruner:
             self.images,
             progress=lambda share: self.progress("reconstruct", round(100 * share), 100),
         )
-        bundle = self._compile_candidate(pruned, "pruned", network.advice(proposal))
+        bundle = self._compile_candidate(pruned, "pruned", advice)
         ratio = self._ratio(bundle)
         return Guided(
             goal=goal,
@@ -350,6 +359,10 @@ class GuidedPruner:
         dense, ours = _in_turns([self.dense_bundle, bundle], self.threads)
         ratio = ratio_interval(dense, ours)
         return ratio.median, ratio.low, ratio.high
+
+
+def _near(run_us: float, wanted_us: float) -> bool:
+    return abs(run_us / wanted_us - 1) <= TOLERANCE
 
 
 def _layers(network: Prunable, proposal: Proposal) -> Iterator[GuidedLayer]:

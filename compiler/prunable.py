@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +217,16 @@ class Prunable:
             layers.append(LayerOptions(name, (Option(DENSE, own[name], 0.0), *pruned)))
         fixed_us = {name: us for name, us in own.items() if name not in self.zeros}
         return Plan(prices, tuple(layers), fixed_us)
+
+
+def narrowed(advice: Advice, manifest: Manifest) -> Advice:
+    """The kernels that were chosen, where they were advised."""
+    chosen = {layer.layer: (layer.kernel, dict(layer.config)) for layer in manifest.layers}
+    candidates = {}
+    for name, found in advice.candidates.items():
+        won = [c for c in found if c.config and (c.kernel, asdict(c.config)) == chosen.get(name)]
+        candidates[name] = tuple(won) or found
+    return Advice(advice.layouts, candidates)
 
 
 def _zeros(database: Database, prices: Prices) -> dict[str, dict[Level, SparsitySignature]]:

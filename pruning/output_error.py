@@ -18,15 +18,16 @@ _LEAST = 1e-12
 class OutputError:
     """The error of changed networks, relative to the variance between a few images.
 
-    Of several outputs the mean. A network with a fixed batch size needs images for one batch.
+    Of several outputs the mean. The last images are taken: layers are fitted to the first ones. A
+    network with a fixed batch size needs images for one batch.
     """
 
     def __init__(self, model: onnx.ModelProto, images: Images) -> None:
         values = sum(math.prod(array.shape[1:]) for array in images.arrays.values())
         count = VALUES_AT_ONCE // max(values, 1)
-        few = images.first(min(MOST_IMAGES, max(FEWEST_IMAGES, count)))
+        count = min(MOST_IMAGES, max(FEWEST_IMAGES, count))
         self._names = [value.name for value in model.graph.output]
-        self._portions = chunks(model, few)
+        self._portions = chunks(model, images.after(max(0, len(images) - count)))
         self._expected = self._outputs(model)
 
     def of(self, changed: onnx.ModelProto) -> float:

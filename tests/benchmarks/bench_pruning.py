@@ -17,10 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks.measure import ROOT, setting
-from tests.benchmarks.networks import SHARED, resnet50, vgg16_convs
+from tests.benchmarks.networks import SHARED, mobilenet_v1, resnet50, vgg16_convs
 from topiarist.compiler.guided import Goal, GuidedPruner
 from topiarist.compiler.latency import Source, open_source
-from topiarist.compiler.light_models import light_model
 from topiarist.compiler.prunable import Prunable
 from topiarist.errors import BudgetError, TopiaristError
 from topiarist.pruning.accuracy import Accuracy, predicted_classes
@@ -42,7 +41,7 @@ FILES = {
 SHAPES = {
     "resnet50": resnet50,
     "vgg16": vgg16_convs,
-    "mobilenet_v2 shapes": lambda: light_model("mobilenetv2"),
+    "mobilenet_v1": mobilenet_v1,
 }
 
 Pictures = NDArray[np.float32]
