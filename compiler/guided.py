@@ -43,7 +43,7 @@ from topiarist.targets.spec import TargetSpec
 
 TOLERANCE = 0.03  # of the latency asked for
 ROUNDS = 6  # of compiling and timing, at most
-BENCH_S = 3.0
+BENCH_S = 4.0
 CUTS = (0.2, 0.35, 0.5)  # shares of the time that channels are cut out for, before zeros
 
 Progress = Callable[[str, int, int], None]

@@ -17,7 +17,7 @@ from scipy import linalg
 
 from topiarist.errors import CalibrationError
 from topiarist.pruning.calibration import Arrays, Images, batch_size
-from topiarist.pruning.channel_order import MOST_COLUMNS, MOST_IMAGES
+from topiarist.pruning.channel_order import MOST_COLUMNS
 from topiarist.pruning.channels import LayerChannels, Numbers, channel_map
 from topiarist.pruning.cores import on_all_cores, one_blas_thread
 from topiarist.pruning.correction import VALUE_BYTES
@@ -34,6 +34,7 @@ from topiarist.pruning.segments import SegmentedRun
 
 Array = NDArray[np.float64]
 
+MOST_IMAGES = 512
 DAMPINGS = (1e-3, 1e-2, 1e-1)  # the last one where there are too few images to try
 
 
