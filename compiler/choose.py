@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -128,6 +128,17 @@ class Predictor:
         return [float(us) for us in self.pricer.prices_us(whats)[0]] if whats else []
 
 
+@dataclass(frozen=True)
+class Advice:
+    """The layouts to use, and of each convolution the candidates that promise most.
+
+    Nothing is timed alone then: the candidates go into the trial in the network at once.
+    """
+
+    layouts: LayoutPlan
+    candidates: Mapping[str, tuple[Candidate, ...]]
+
+
 def workload_of(node: Conv, graph: Graph) -> ConvWorkload:
     """The layer as a workload."""
     n, c, h, w = graph.values[node.inputs[0]].shape
@@ -240,6 +251,13 @@ class Chooser:
         if self.recorded is not None and all(plan.settled for plan in plans):
             plans = self._as_networks(plans, self.recorded)
         return sorted(plans, key=lambda plan: plan.total_us)
+
+    def advised(self, advice: Advice) -> Plan:
+        """The one plan that is left to try."""
+        choices = {name: choice for name, choice in self._linears().items() if choice is not None}
+        choices |= {name: Choice(found[0], found) for name, found in advice.candidates.items()}
+        plan = Plan(advice.layouts, self.workloads, choices, 0.0)
+        return replace(plan, total_us=sum(c.chosen.run_us for c in choices.values()))
 
     def _as_strict(self) -> Chooser:
         """This one, taking everything from the logs."""

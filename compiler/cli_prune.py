@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 UNSTRUCTURED = "unstructured"
+FILTER = "filter"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Guidance:
     test: Path | None
     work: Path
     patterns: tuple[str, ...]
+    channels: bool
     criterion: str
     target: str
     threads: int
@@ -83,7 +85,8 @@ def prune(
         list[str] | None,
         typer.Option(
             help="unstructured, block4x1, block8x1, filter, N:M such as 2:4, kernel4 (of a 3x3); "
-            "with --speedup, --latency and --sweep repeatable, to choose between."
+            "with --speedup, --latency and --sweep repeatable, to choose between. "
+            "Default: unstructured, and for those filter as well."
         ),
     ] = None,
     layer_density: Annotated[
@@ -121,7 +124,7 @@ def prune(
     the density of each layer, compile, time, and correct until the clock says so.
     """
     goals = _goals(speedup, latency, sweep)
-    patterns = tuple(pattern or [UNSTRUCTURED])
+    patterns = tuple(pattern or ([UNSTRUCTURED, FILTER] if goals else [UNSTRUCTURED]))
     if calib is None:
         if goals:
             raise ValueError("--speedup, --latency and --sweep need --calib with some images")
@@ -133,11 +136,15 @@ def prune(
         raise ValueError("with --calib give one of --density, --speedup, --latency and --sweep")
     if sweep is None:
         check_output(output)
+    zeros = tuple(name for name in patterns if name != FILTER)
+    if goals and not zeros:
+        raise ValueError("--pattern filter goes with another one here: zeros hit the latency")
     guidance = Guidance(
         calib=calib,
         test=test,
         work=work or output.with_name(f"{output.name}.work"),
-        patterns=patterns,
+        patterns=zeros if goals else patterns,
+        channels=FILTER in patterns,
         criterion=criterion,
         target=target,
         threads=threads,
@@ -343,6 +350,7 @@ def _prune_to_goals(
         *(model, database, images, spec, source, guidance.work),
         threads=guidance.threads,
         batch=guidance.batch,
+        channels=guidance.channels,
         even=guidance.even,
         progress=progress,
     )
@@ -392,6 +400,7 @@ def _document(found: Guided, accuracy: Accuracy, path: Path) -> dict[str, Any]:
         "reached": found.reached,
         "run_us": found.run_us,
         "speedup": {"median": median, "low": low, "high": high},
+        "cut": found.cut,
         "density": found.density,
         "accuracy": asdict(accuracy),
         "rounds": [asdict(one) for one in found.rounds],
@@ -401,7 +410,7 @@ def _document(found: Guided, accuracy: Accuracy, path: Path) -> dict[str, Any]:
 
 def _print_guided(found: Guided, accuracy: Accuracy, path: Path) -> None:
     print_table(
-        ["layer", "level", "error of the output", "dense us", "expected us", "why dense"],
+        ["layer", "level", "error of the outputs", "dense us", "expected us", "why dense"],
         [
             [g.layer, str(g.level), f"{g.error:.2%}", f"{g.dense_us:.1f}", f"{g.expected_us:.1f}",
              g.reason]
@@ -410,9 +419,10 @@ def _print_guided(found: Guided, accuracy: Accuracy, path: Path) -> None:
     )  # fmt: skip
     median, low, high = found.speedup
     asked = "" if found.reached else f" (asked: {found.goal})"
+    cut = f", channels cut for {found.cut:.0%} of the time" if found.cut else ""
     say(
         f"{found.run_us / 1e3:.3f} ms, {median:.2f}x ({low:.2f}-{high:.2f}) the dense build's "
-        f"speed{asked}, {found.density:.1%} of the weights, {len(found.rounds)} rounds; "
+        f"speed{asked}{cut}, {found.density:.1%} of the weights, {len(found.rounds)} rounds; "
         f"{_accuracy_text(accuracy)}"
     )
     say(f"wrote {path}")

@@ -1,18 +1,18 @@
 """Pruning to a latency: the levels of all layers are chosen by price, then the clock decides.
 
-Prices come from a latency model, errors from the reconstruction of each layer, and the choice
-from dynamic programming (SPDY, ICML 2022). The network is then compiled and timed against its
-dense build; what prices got wrong corrects them, and the choice is made again, until the measured
-latency is the one that was asked for. Time depends on where the zeros are, so only the last
-choice is reconstructed. A layer that zeros would not make faster stays dense (Park et al., ICLR
-2017, section 2.3).
+Prices come from a latency model, errors from what each level alone does to the network's outputs,
+and the choice from dynamic programming (SPDY, ICML 2022). Networks with some channels cut out
+before take part, and so does one level for all layers: what is nearest to the dense network's
+outputs is taken. It is then compiled and timed against the dense build; what prices got wrong
+corrects them, and the levels are chosen again, until the measured latency is the one that was
+asked for. Time depends on where the zeros are, so only the last choice is reconstructed. A layer
+that zeros would not make faster stays dense (Park et al., ICLR 2017, section 2.3).
 """
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,39 +22,29 @@ import onnx
 from topiarist.compiler import engines
 from topiarist.compiler.bench import ratio_interval, time_in_turns
 from topiarist.compiler.bundle import read_manifest
-from topiarist.compiler.extract import extract_layers
-from topiarist.compiler.frontend import import_model, load_onnx
+from topiarist.compiler.choose import Advice
+from topiarist.compiler.frontend import load_onnx
 from topiarist.compiler.input_data import random_inputs
 from topiarist.compiler.latency import Source
 from topiarist.compiler.output_file import write_file
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.pipeline import compile_model
-from topiarist.compiler.prices import Prices, open_prices
-from topiarist.compiler.simplify import simplify
-from topiarist.compiler.tune import HOPELESS_LAYOUTS
+from topiarist.compiler.prunable import Proposal, Prunable, narrowed
 from topiarist.errors import BudgetError
-from topiarist.pruning.allocation import (
-    Allocation,
-    LayerOptions,
-    Option,
-    allocate,
-    reachable_us,
-    uniform,
-)
 from topiarist.pruning.calibration import Images
-from topiarist.pruning.database import Database
-from topiarist.pruning.layers import replace_weights, weighted_layers
+from topiarist.pruning.channel_cuts import ChannelCuts
+from topiarist.pruning.database import Database, build_database, make_folder
+from topiarist.pruning.layers import weighted_layers
 from topiarist.pruning.level import DENSE, Level
-from topiarist.pruning.signatures import signature_of
+from topiarist.pruning.level_errors import level_errors
+from topiarist.pruning.output_error import MOST_IMAGES, OutputError
 from topiarist.pruning.stitch import stitch
-from topiarist.schedules.workload import SparsitySignature
 from topiarist.targets.spec import TargetSpec
 
 TOLERANCE = 0.03  # of the latency asked for
-ROUNDS = 5  # of compiling and timing, at most
+ROUNDS = 6  # of compiling and timing, at most
 BENCH_S = 4.0
-ROUNDING = 1e-9
-LIKELY = (0.1, 20.0)  # what one layer's correction may be
+CUTS = (0.2, 0.35, 0.5)  # shares of the time that channels are cut out for, before zeros
 
 Progress = Callable[[str, int, int], None]
 
@@ -98,7 +88,10 @@ class Reach:
 
 @dataclass(frozen=True)
 class GuidedLayer:
-    """A layer's level, its error there, what it was expected to take, and why it is dense."""
+    """A layer's level, what it was expected to take, and why it is dense.
+
+    `error` is that of the network's outputs if only this layer is pruned.
+    """
 
     layer: str
     level: Level
@@ -118,9 +111,11 @@ class Round:
 
 @dataclass(frozen=True)
 class Guided:
-    """A pruned network: its file, its bundle, and how it was arrived at.
+    """A pruned network, and how it was arrived at.
 
     `speedup` is the median of ratios to the dense build, timed in turns, with its 95 % interval.
+    `cut` is the share of time that was cut out with channels, `density` the share of nonzeros
+    that is left in all layers that could be pruned.
     """
 
     goal: Goal
@@ -128,6 +123,7 @@ class Guided:
     dense_us: float
     run_us: float
     speedup: tuple[float, float, float]
+    cut: float
     density: float
     layers: tuple[GuidedLayer, ...]
     rounds: tuple[Round, ...]
@@ -135,7 +131,7 @@ class Guided:
     @property
     def reached(self) -> bool:
         """Whether the measured latency is within the tolerance of what was asked for."""
-        return abs(self.run_us / self.goal.us(self.dense_us) - 1) <= TOLERANCE
+        return _near(self.run_us, self.goal.us(self.dense_us))
 
     @property
     def levels(self) -> dict[str, Level]:
@@ -146,8 +142,9 @@ class Guided:
 class GuidedPruner:
     """Prunes one network to any latency, from one calibration.
 
-    `folder` keeps the dense bundle, the timings and the pruned bundle `pruned.topi`; timings that
-    are there are used again. With `even` every layer gets the same level: the baseline.
+    `folder` keeps the dense bundle, networks with channels cut out (only with `channels`), the
+    timings, and the pruned bundle `pruned.topi`. With `even` every layer of the whole network
+    gets the same level: the baseline.
     """
 
     def __init__(
@@ -161,40 +158,39 @@ class GuidedPruner:
         *,
         threads: int = 1,
         batch: int | None = None,
+        channels: bool = False,
         even: bool = False,
         progress: Progress = lambda stage, done, total: None,
     ) -> None:
         self.onnx = load_onnx(model)
-        self.database = database
         self.images = images
         self.target = target
+        self.pricer = source.pricer
         self.folder = folder
         self.threads = threads
         self.batch = batch
         self.even = even
         self.progress = progress
         self._parts = Parts(target, threads)
-        graph = simplify(extract_layers(import_model(model, batch=batch)))
-        prices = open_prices(graph, target, threads, source.pricer)
-        signatures = _signatures(database, prices[0])
-        limit_us = prices[0].total_us * HOPELESS_LAYOUTS
-        hopeful = [one for one in prices if one.total_us <= limit_us]
-        self.plans = [_Plan.of(one, database, signatures) for one in hopeful]
+        self.outputs = OutputError(self.onnx, images)
+        whole = self._prunable(model, self.onnx, database, 0.0)
+        self.networks = [whole]
+        if channels and not even:
+            self.networks += self._cut_networks(whole)
         self.dense_bundle = self._compile(model, "dense.topi", dense=True)
         self.dense_us = self._time_alone(self.dense_bundle)
         manifest = read_manifest(self.dense_bundle)
         layers_us = sum(layer.run_us or 0.0 for layer in manifest.layers)
         others_us = sum(other.run_us for other in manifest.others)
-        self.rest_us = self.dense_us * others_us / (layers_us + others_us)
-        expected_us = min(plan.dense_us for plan in self.plans)
-        self.scale = (self.dense_us - self.rest_us) / expected_us
-        self._corrections: dict[tuple[str, bool], float] = {}
+        rest_us = self.dense_us * others_us / (layers_us + others_us)
+        for network in self.networks:
+            network.rest_us = rest_us
+            network.scale = (self.dense_us - rest_us) / whole.dense_us
 
     @property
     def reach(self) -> Reach:
         """How fast the network can get, as far as prices can tell."""
-        least = min(self._fixed_us(p) + reachable_us(self._options(p)) for p in self.plans)
-        return Reach(self.dense_us, least)
+        return Reach(self.dense_us, min(network.least_us for network in self.networks))
 
     def prune(self, goal: Goal) -> Guided:
         """The network at this latency, with as little error as possible.
@@ -208,141 +204,135 @@ class GuidedPruner:
                 f"{goal} is out of reach: {reach.least_us / 1e3:.3f} ms, "
                 f"{reach.speedup:.2f}x, is the least that pruning is expected to reach"
             )
+        network, even = self._contest(max(wanted_us, reach.least_us))
         rounds: list[Round] = []
         while True:
-            plan, allocation = self._allocate(max(wanted_us, reach.least_us))
-            expected_us = self._fixed_us(plan) + allocation.run_us
-            bundle = self._compile(self._with_zeros(allocation), "candidate.topi")
+            proposal = network.propose(max(wanted_us, network.least_us), even=even)
+            advice = network.advice(proposal)
+            model = network.with_zeros(proposal.allocation.levels)
+            bundle = self._compile_candidate(model, "candidate", advice)
             run_us = self.dense_us / self._ratio(bundle)[0]
-            rounds.append(Round(expected_us, run_us))
-            if abs(run_us / wanted_us - 1) <= TOLERANCE or len(rounds) == ROUNDS:
-                break
-            self._correct(plan, allocation, bundle, run_us)
-            reach = self.reach
-        return self._finish(goal, plan, allocation, rounds)
+            rounds.append(Round(proposal.expected_us, run_us))
+            if _near(run_us, wanted_us) or len(rounds) == ROUNDS:
+                advice = narrowed(advice, read_manifest(bundle))
+                found = self._finish(goal, network, proposal, advice, rounds)
+                if found.reached or len(rounds) == ROUNDS:
+                    return found
+                bundle, run_us = self.folder / "pruned.topi", found.run_us
+            network.correct(proposal, read_manifest(bundle), run_us)
+
+    def _contest(self, wanted_us: float) -> tuple[Prunable, bool]:
+        """The network, and whether with even levels, whose outputs are nearest to the dense ones.
+
+        All are expected to take as long; they are stitched from a few images, without a refit.
+        """
+        entrants = []
+        for network in self.networks:
+            for even in (True,) if self.even else (False, True):
+                try:
+                    entrants.append((network, even, network.propose(wanted_us, even=even)))
+                except BudgetError:
+                    continue
+        if len(entrants) == 1:
+            return entrants[0][:2]
+        few = self.images.first(MOST_IMAGES)
+        errors = []
+        for done, (network, _, proposal) in enumerate(entrants):
+            self.progress("try on images", done, len(entrants))
+            levels = proposal.allocation.levels
+            stitched = stitch(network.model, network.database, levels, few, refit=False)
+            errors.append(self.outputs.of(stitched))
+        self.progress("try on images", len(entrants), len(entrants))
+        return entrants[int(np.argmin(errors))][:2]
 
     def _finish(
-        self, goal: Goal, plan: _Plan, allocation: Allocation, rounds: Sequence[Round]
+        self,
+        goal: Goal,
+        network: Prunable,
+        proposal: Proposal,
+        advice: Advice,
+        rounds: Sequence[Round],
     ) -> Guided:
-        """Reconstruct the last choice, compile it from the timings, and time it once more."""
-        levels = allocation.levels
+        """Reconstruct the last choice, compile it with the kernels that won, time it once more."""
+        levels = proposal.allocation.levels
         self.progress("reconstruct", 0, 100)
         pruned = stitch(
-            self.onnx,
-            self.database,
+            network.model,
+            network.database,
             levels,
             self.images,
             progress=lambda share: self.progress("reconstruct", round(100 * share), 100),
         )
-        path = self.folder / "pruned.onnx"
-        write_file(path, pruned.SerializeToString())
-        ratio = self._ratio(self._compile(path, "pruned.topi"))
+        bundle = self._compile_candidate(pruned, "pruned", advice)
+        ratio = self._ratio(bundle)
         return Guided(
             goal=goal,
             model=pruned,
             dense_us=self.dense_us,
             run_us=self.dense_us / ratio[0],
             speedup=ratio,
-            density=_density(pruned, levels),
-            layers=tuple(self._layers(plan, allocation)),
+            cut=network.cut,
+            density=_nonzeros(pruned, levels) / _size(self.onnx, levels),
+            layers=tuple(_layers(network, proposal)),
             rounds=tuple(rounds),
         )
 
-    def _allocate(self, wanted_us: float) -> tuple[_Plan, Allocation]:
-        """The layouts and levels with the least error within the latency."""
-        found: list[tuple[float, int, Allocation]] = []
-        for i, plan in enumerate(self.plans):
-            options = self._options(plan)
-            budget_us = wanted_us - self._fixed_us(plan)
-            least_us = reachable_us(options)
-            if abs(budget_us - least_us) <= ROUNDING * wanted_us:
-                budget_us = least_us
-            try:
-                allocation = (uniform if self.even else allocate)(options, budget_us)
-            except BudgetError:
-                continue
-            found.append((allocation.error, i, allocation))
-        if not found:
-            raise BudgetError(
-                f"{wanted_us / 1e3:.3f} ms is out of reach: the least that pruning is expected to "
-                f"reach is {self.reach.least_us / 1e3:.3f} ms"
-            )
-        _, i, allocation = min(found, key=lambda one: one[:2])
-        return self.plans[i], allocation
-
-    def _options(self, plan: _Plan) -> list[LayerOptions]:
-        """The layers that can be pruned, at corrected prices."""
-        return [
-            replace(
-                layer,
-                options=tuple(
-                    replace(o, run_us=o.run_us * self._factor(layer.layer, o.level))
-                    for o in layer.options
+    def _cut_networks(self, whole: Prunable) -> Iterator[Prunable]:
+        """Copies without some channels, calibrated as the whole network is."""
+        cuts: ChannelCuts | None = None
+        for share in CUTS:
+            folder = self.folder / f"channels-{share:.0%}".rstrip("%")
+            path = folder / "model.onnx"
+            if not path.exists():
+                if cuts is None:
+                    cuts = ChannelCuts(
+                        self.onnx,
+                        self.images,
+                        whole.layer_us,
+                        lambda done: self.progress("channels", round(100 * done), 100),
+                    )
+                smaller = cuts.without(share)
+                if smaller is None:
+                    return
+                make_folder(folder)
+                write_file(path, smaller.SerializeToString())
+            model = load_onnx(path)
+            database = build_database(
+                model,
+                self.images,
+                folder / "calibration",
+                patterns=whole.database.patterns,
+                criterion=whole.database.criterion,
+                progress=lambda step: self.progress(
+                    f"{step.what} {step.layer}", round(1000 * step.share), 1000
                 ),
             )
-            for layer in plan.layers
-        ]
+            yield self._prunable(path, model, database, share)
 
-    def _fixed_us(self, plan: _Plan) -> float:
-        """All that no level changes: other layers, and work without weights."""
-        fixed = (us * self._factor(name, DENSE) for name, us in plan.fixed_us.items())
-        return self.rest_us + sum(fixed)
+    def _prunable(
+        self, path: Path, model: onnx.ModelProto, database: Database, cut: float
+    ) -> Prunable:
+        errors = level_errors(
+            model,
+            database,
+            self.images,
+            lambda share: self.progress("errors of levels", round(100 * share), 100),
+        )
+        return Prunable(
+            *(path, model, database, errors, self.pricer, self.target),
+            threads=self.threads,
+            batch=self.batch,
+            cut=cut,
+        )
 
-    def _factor(self, layer: str, level: Level) -> float:
-        return self.scale * self._corrections.get((layer, level == DENSE), 1.0)
+    def _compile_candidate(self, model: onnx.ModelProto, name: str, advice: Advice) -> Path:
+        path = self.folder / f"{name}.onnx"
+        write_file(path, model.SerializeToString())
+        return self._compile(path, f"{name}.topi", advice=advice)
 
-    def _correct(self, plan: _Plan, allocation: Allocation, bundle: Path, run_us: float) -> None:
-        """Make the prices of what was chosen those that were measured."""
-        manifest = read_manifest(bundle)
-        measured = {layer.layer: layer.run_us or 0.0 for layer in manifest.layers}
-        others_us = sum(other.run_us for other in manifest.others)
-        whole = run_us / (sum(measured.values()) + others_us)
-        self.rest_us = others_us * whole
-        chosen = {name: (o.level, o.run_us) for name, o in allocation.options.items()}
-        for name, us in plan.fixed_us.items():
-            chosen[name] = DENSE, us * self._factor(name, DENSE)
-        for name, (level, expected_us) in chosen.items():
-            taken_us = measured.get(name, 0.0) * whole
-            if taken_us > 0 and expected_us > 0:
-                key = name, level == DENSE
-                factor = self._corrections.get(key, 1.0) * taken_us / expected_us
-                self._corrections[key] = min(max(factor, LIKELY[0]), LIKELY[1])
-
-    def _layers(self, plan: _Plan, allocation: Allocation) -> Iterator[GuidedLayer]:
-        for layer in self._options(plan):
-            option = allocation.options[layer.layer]
-            dense, fastest = layer.options[0], min(o.run_us for o in layer.options)
-            reason = ""
-            if option.level == DENSE and fastest >= dense.run_us:
-                reason = "no level would make it faster"
-            elif option.level == DENSE:
-                reason = "what it would gain costs more error than elsewhere"
-            yield GuidedLayer(
-                layer=layer.layer,
-                level=option.level,
-                error=option.error,
-                dense_us=dense.run_us,
-                expected_us=option.run_us,
-                reason=reason,
-            )
-
-    def _with_zeros(self, allocation: Allocation) -> Path:
-        """The model with the zeros of a choice, in weights that nothing makes up for yet."""
-        candidate = onnx.ModelProto()
-        candidate.CopyFrom(self.onnx)
-        weights = {}
-        for layer in weighted_layers(self.onnx):
-            level = allocation.levels.get(layer.name, DENSE)
-            if level != DENSE:
-                (mask,) = self.database.masks(layer.name, [level])
-                kept = np.where(mask, layer.weight, 0).astype(layer.weight.dtype)
-                weights[layer.weight_name] = layer.as_stored(kept)
-        replace_weights(candidate, weights)
-        path = self.folder / "candidate.onnx"
-        write_file(path, candidate.SerializeToString())
-        return path
-
-    def _compile(self, model: Path, name: str, *, dense: bool = False) -> Path:
+    def _compile(
+        self, model: Path, name: str, *, dense: bool = False, advice: Advice | None = None
+    ) -> Path:
         output = self.folder / name
         compile_model(
             model,
@@ -353,6 +343,7 @@ class GuidedPruner:
             dense=dense,
             log=self.folder / "timings.jsonl",
             parts=self._parts,
+            advice=advice,
             progress=self.progress,
         )
         return output
@@ -370,59 +361,35 @@ class GuidedPruner:
         return ratio.median, ratio.low, ratio.high
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Predicted prices in one of the network's layouts, before any correction."""
-
-    layers: tuple[LayerOptions, ...]
-    fixed_us: Mapping[str, float]
-
-    @property
-    def dense_us(self) -> float:
-        """All layers with weights, none pruned."""
-        return sum(self.fixed_us.values()) + sum(o.options[0].run_us for o in self.layers)
-
-    @staticmethod
-    def of(
-        prices: Prices,
-        database: Database,
-        signatures: Mapping[str, Mapping[Level, SparsitySignature]],
-    ) -> _Plan:
-        asked: list[tuple[str, SparsitySignature | None]] = [(name, None) for name in prices.layers]
-        for name, zeros in signatures.items():
-            asked += [(name, sparsity) for sparsity in zeros.values()]
-        found = iter([price.run_us for price in prices.prices(asked)])
-        own = {name: next(found) for name in prices.layers}
-        layers = []
-        for name, zeros in signatures.items():
-            options = [Option(DENSE, own[name], 0.0)]
-            options += [Option(lv, next(found), database.error(name, lv)) for lv in zeros]
-            layers.append(LayerOptions(name, tuple(options)))
-        return _Plan(tuple(layers), {n: us for n, us in own.items() if n not in signatures})
+def _near(run_us: float, wanted_us: float) -> bool:
+    return abs(run_us / wanted_us - 1) <= TOLERANCE
 
 
-def _signatures(database: Database, prices: Prices) -> dict[str, dict[Level, SparsitySignature]]:
-    """Where the zeros are at each level of the layers that the compiler knows by the same name.
+def _layers(network: Prunable, proposal: Proposal) -> Iterator[GuidedLayer]:
+    for layer in network.options(proposal.plan):
+        option, dense = proposal.allocation.options[layer.layer], layer.options[0]
+        reason = ""
+        if option.level == DENSE and len(layer.options) == 1:
+            reason = "no level would make it faster"
+        elif option.level == DENSE:
+            reason = "what it would gain costs more error than elsewhere"
+        yield GuidedLayer(
+            layer=layer.layer,
+            level=option.level,
+            error=option.error,
+            dense_us=dense.run_us,
+            expected_us=option.run_us,
+            reason=reason,
+        )
 
-    Of layers that are alike the first one speaks for all.
-    """
-    alike: dict[Hashable, dict[Level, SparsitySignature]] = defaultdict(dict)
-    found = {}
-    for name in database.layers:
-        if name in prices.layers:
-            levels, known = database.levels(name), alike[prices.place(name)]
-            new = [level for level in levels if level not in known]
-            masks = zip(new, database.masks(name, new), strict=True)
-            known |= {level: signature_of(mask, level) for level, mask in masks}
-            found[name] = {level: known[level] for level in levels}
-    return found
 
-
-def _density(model: onnx.ModelProto, layers: Collection[str]) -> float:
-    """The share of nonzeros in these layers."""
+def _nonzeros(model: onnx.ModelProto, layers: Collection[str]) -> int:
     weights = [layer.weight for layer in weighted_layers(model) if layer.name in layers]
-    nonzero = sum(int(np.count_nonzero(weight)) for weight in weights)
-    return nonzero / max(1, sum(weight.size for weight in weights))
+    return sum(int(np.count_nonzero(weight)) for weight in weights)
+
+
+def _size(model: onnx.ModelProto, layers: Collection[str]) -> int:
+    return sum(v.weight.size for v in weighted_layers(model) if v.name in layers) or 1
 
 
 def _in_turns(bundles: Sequence[Path], threads: int) -> list[list[float]]:

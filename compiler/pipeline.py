@@ -10,7 +10,7 @@ from typing import Any
 
 from topiarist.compiler.build import build, to_relax
 from topiarist.compiler.bundle import check_writable, write_bundle
-from topiarist.compiler.choose import MAX_ERROR, Chooser, Mode, Plan
+from topiarist.compiler.choose import MAX_ERROR, Advice, Chooser, Mode, Plan
 from topiarist.compiler.compiled import CompiledModel, TensorSignature
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
@@ -54,6 +54,7 @@ def compile_model(
     link: LinkOptions = AUTOMATIC,
     dump_dir: Path | None = None,
     parts: Parts | None = None,
+    advice: Advice | None = None,
     progress: Progress | None = None,
 ) -> CompiledModel:
     """Compile an ONNX file for a target, and write the bundle where `output` says.
@@ -67,8 +68,8 @@ def compile_model(
     what is timed is added to it, unless `add_to_log` is False. `strict` takes every time from the
     logs: nothing is measured, and the same model and logs give the same bundle. `link` is about
     linking for another machine. `parts` of an earlier compilation for this target and number of
-    threads spare making the same machine code again. `progress(stage, done, total)` is called
-    along the way.
+    threads spare making the same machine code again. `advice` names the few candidates to measure.
+    `progress(stage, done, total)` is called along the way.
     Raises ModelError, TargetError, OutputError, BuildError, TuningLogError or, if `strict`,
     MissingRecordsError, each saying what to do.
     """
@@ -105,7 +106,7 @@ def compile_model(
         max_error=max_error,
         progress=report,
     )
-    plans = chooser.plans()
+    plans = chooser.plans() if advice is None else [chooser.advised(advice)]
     if mode == "measure" and not all(plan.settled for plan in plans):
         plan, program = settle(graph, plans, parts, report, recorded)
     else:

@@ -25,7 +25,7 @@ from topiarist.compiler.tune import candidates_of
 from topiarist.compiler.worker import Variant
 from topiarist.schedules.cpu.kernels import MAX_SPARSE_DENSITY
 from topiarist.schedules.cpu.linear import LinearShape
-from topiarist.schedules.kernel import ConvSite
+from topiarist.schedules.kernel import ConvSite, KernelConfig
 from topiarist.schedules.kernels import CONV_KERNELS
 from topiarist.schedules.workload import ConvWorkload, SparsitySignature, signature
 from topiarist.targets.spec import TargetSpec
@@ -36,6 +36,7 @@ from topiarist.tuning_logs.roofline import Roofline
 
 SPARSE_KERNELS = frozenset({k.name for k in CONV_KERNELS if k.sparse} | {"sparse_linear"})
 SHORTLIST = 24  # candidates of a kernel by estimate, whose times are predicted
+MOST_OFFERS = 4  # candidates of a layer, dense and sparse apart, that are remembered
 
 
 class Pricer(Protocol):
@@ -87,10 +88,11 @@ class Price:
 
 
 @dataclass(frozen=True)
-class _Best:
-    """The best candidate of a kind."""
+class Offer:
+    """A candidate with its predicted time; fully connected kernels have no knobs."""
 
-    what: MeasureInput
+    what: MeasureInput = field(repr=False)
+    config: KernelConfig | None
     run_us: float
     upper_us: float
 
@@ -119,7 +121,7 @@ class Prices:
         self.pricer = pricer
         self.layers = {n.name: n for n in graph.nodes if isinstance(n, Conv | Linear)}
         self._error = layer_error(len(workloads))
-        self._known: dict[Hashable, _Best | None] = {}
+        self._known: dict[Hashable, list[Offer]] = {}
 
     def price(self, layer: str, sparsity: SparsitySignature | None = None) -> Price:
         """The layer's price, with other zeros than it has if they are given."""
@@ -127,6 +129,12 @@ class Prices:
 
     def prices(self, asked: Sequence[tuple[str, SparsitySignature | None]]) -> list[Price]:
         """As `price`, of many at once, which takes far less time than one by one."""
+        return [_price(dense, sparse) for dense, sparse in self.offers(asked)]
+
+    def offers(
+        self, asked: Sequence[tuple[str, SparsitySignature | None]]
+    ) -> list[tuple[list[Offer], list[Offer]]]:
+        """The most promising dense and sparse candidates of each, fastest first."""
         kinds = []
         wanted: dict[Hashable, tuple[str, SparsitySignature | None]] = {}
         for layer, zeros in asked:
@@ -135,22 +143,17 @@ class Prices:
             kinds.append(((place, None), (place, sparsity)))
             wanted |= {(place, None): (layer, None), (place, sparsity): (layer, sparsity)}
         self._find({key: one for key, one in wanted.items() if key not in self._known})
-        return [_price(self._known[dense], self._known[sparse]) for dense, sparse in kinds]
+        return [(self._known[dense], self._known[sparse]) for dense, sparse in kinds]
 
     def _find(self, wanted: Mapping[Hashable, tuple[str, SparsitySignature | None]]) -> None:
         """Ask for the best dense (no zeros) or sparse candidates, all of them at once."""
-        offers = {key: self._candidates(*one) for key, one in wanted.items()}
-        whats = [what for offer in offers.values() for what in offer]
-        if not whats:
-            self._known |= dict.fromkeys(offers)
-            return
-        times, upper = self.pricer.prices_us(whats)
-        first = 0
-        for key, offer in offers.items():
-            last = first + len(offer)
-            at = first + int(np.argmin(times[first:last])) if offer else 0
-            best = _Best(whats[at], float(times[at]), float(upper[at])) if offer else None
-            self._known[key], first = best, last
+        candidates = {key: self._candidates(*one) for key, one in wanted.items()}
+        whats = [what for some in candidates.values() for what, _ in some]
+        times, upper = self.pricer.prices_us(whats) if whats else (np.empty(0), np.empty(0))
+        prices = zip(times.tolist(), upper.tolist(), strict=True)
+        for key, some in candidates.items():
+            found = [Offer(*one, *next(prices)) for one in some]
+            self._known[key] = sorted(found, key=lambda offer: offer.run_us)[:MOST_OFFERS]
 
     @property
     def total_us(self) -> float:
@@ -173,7 +176,9 @@ class Prices:
         density = float(np.count_nonzero(node.weight)) / max(node.weight.size, 1)
         return SparsitySignature(round(density, 3), "any", (0, 0, 0))
 
-    def _candidates(self, layer: str, sparsity: SparsitySignature | None) -> list[MeasureInput]:
+    def _candidates(
+        self, layer: str, sparsity: SparsitySignature | None
+    ) -> list[tuple[MeasureInput, KernelConfig | None]]:
         """Those of dense kernels where no zeros are given, else those of sparse ones."""
         node = self.layers[layer]
         if isinstance(node, Linear):
@@ -185,12 +190,17 @@ class Prices:
         site = self.parts.site(workload, conv_views(node, self.layouts))
         kernels = [kernel for kernel in CONV_KERNELS if kernel.sparse == sparse]
         variants = candidates_of(kernels, site, self._error)
-        return [self.device.what_conv(site, v.kernel, v.config) for v in shortlist(variants, site)]
+        return [
+            (self.device.what_conv(site, v.kernel, v.config), v.config)
+            for v in shortlist(variants, site)
+        ]
 
     def _shape(self, node: Linear) -> LinearShape:
         return linear_shape(node, self.graph.values[node.inputs[0]].shape[0])
 
-    def _linear(self, node: Linear, sparsity: SparsitySignature | None) -> list[MeasureInput]:
+    def _linear(
+        self, node: Linear, sparsity: SparsitySignature | None
+    ) -> list[tuple[MeasureInput, KernelConfig | None]]:
         density = {"density": 1.0 if sparsity is None else sparsity.density}
         whats = [
             self.device.what_linear(node, self._shape(node), kernel)
@@ -199,13 +209,13 @@ class Prices:
             and (sparsity is None or sparsity.density <= MAX_SPARSE_DENSITY)
         ]
         return [
-            replace(w, workload={**w.workload, "sparsity": {**w.sparsity, **density}})
+            (replace(w, workload={**w.workload, "sparsity": {**w.sparsity, **density}}), None)
             for w in whats
         ]
 
 
-def _price(dense: _Best | None, sparse: _Best | None) -> Price:
-    assert dense is not None, "a dense kernel serves every layer"
+def _price(all_dense: Sequence[Offer], all_sparse: Sequence[Offer]) -> Price:
+    dense, sparse = all_dense[0], next(iter(all_sparse), None)
     best = dense if sparse is None or dense.run_us <= sparse.run_us else sparse
     return Price(
         what=best.what,

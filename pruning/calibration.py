@@ -44,6 +44,11 @@ class Images:
         labels = None if self.labels is None else self.labels[:count]
         return Images({name: array[:count] for name, array in self.arrays.items()}, labels)
 
+    def after(self, count: int) -> Images:
+        """All but the first `count`."""
+        labels = None if self.labels is None else self.labels[count:]
+        return Images({name: array[count:] for name, array in self.arrays.items()}, labels)
+
     def digest(self) -> str:
         """A hash of the inputs; labels don't matter."""
         total = hashlib.sha256()

@@ -7,23 +7,21 @@ the sum. So a cut of each group alone is tried, compensated, on the whole networ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-import numpy as np
 import onnx
 
-from topiarist.pruning.calibration import Arrays, Images
+from topiarist.pruning.calibration import Images
 from topiarist.pruning.channel_order import ChannelOrder
 from topiarist.pruning.compensation import compensate
-from topiarist.pruning.forward import chunks, run_chunks
+from topiarist.pruning.output_error import MOST_IMAGES, OutputError
 
 TRIED = 0.75  # share of a group's channels that stay
-MOST_IMAGES = 64  # to fit, and as many others to test
 _LEAST = 1e-12
 
 
-def output_errors(
+def channel_errors(
     model: onnx.ModelProto,
     orders: Mapping[str, ChannelOrder],
     images: Images,
@@ -35,37 +33,13 @@ def output_errors(
     for two batches.
     """
     fitted_on = images.first(min(MOST_IMAGES, len(images) // 2))
-    portions = chunks(model, _after(images, len(fitted_on)).first(MOST_IMAGES))
-    expected = _outputs(model, portions)
+    outputs = OutputError(model, images.after(len(fitted_on)))
     found = {}
     for done, (name, order) in enumerate(orders.items(), 1):
         size = len(order.order)
         count = max(1, round(TRIED * size))
-        cut = compensate(model, {name: order.kept(count)}, fitted_on)
-        error = _distance(_outputs(cut, portions), expected)
+        error = outputs.of(compensate(model, {name: order.kept(count)}, fitted_on))
         factor = error / max(float(order.errors[size - count]), _LEAST)
         found[name] = replace(order, errors=factor * order.errors)
         progress(done / len(orders))
     return found
-
-
-def _after(images: Images, count: int) -> Images:
-    """All but the first `count`: what the fit has not seen."""
-    return Images({name: array[count:] for name, array in images.arrays.items()})
-
-
-def _outputs(model: onnx.ModelProto, portions: Sequence[Arrays]) -> Arrays:
-    """The outputs for all images."""
-    names = [value.name for value in model.graph.output]
-    parts = list(run_chunks(model, portions, names))
-    return {name: np.concatenate([part[name] for part in parts]) for name in names}
-
-
-def _distance(some: Arrays, expected: Arrays) -> float:
-    """The mean over the outputs of the squared difference over the variance between images."""
-    shares = []
-    for name, array in expected.items():
-        whole = array.astype(np.float64)
-        variance = float(np.square(whole - whole.mean(axis=0)).sum())
-        shares.append(float(np.square(some[name] - whole).sum()) / max(variance, _LEAST))
-    return float(np.mean(shares))

@@ -17,17 +17,24 @@ from scipy import linalg
 
 from topiarist.errors import CalibrationError
 from topiarist.pruning.calibration import Arrays, Images, batch_size
-from topiarist.pruning.channel_order import MOST_COLUMNS, MOST_IMAGES
+from topiarist.pruning.channel_order import MOST_COLUMNS
 from topiarist.pruning.channels import LayerChannels, Numbers, channel_map
 from topiarist.pruning.cores import on_all_cores, one_blas_thread
 from topiarist.pruning.correction import VALUE_BYTES
 from topiarist.pruning.forward import chunks, run_chunks
-from topiarist.pruning.layers import WeightedLayer, attribute, constant_arrays, replace_inputs
+from topiarist.pruning.layers import (
+    WeightedLayer,
+    attribute,
+    constant_arrays,
+    replace_inputs,
+    weighted_layers,
+)
 from topiarist.pruning.moments import unfold
 from topiarist.pruning.segments import SegmentedRun
 
 Array = NDArray[np.float64]
 
+MOST_IMAGES = 512
 DAMPINGS = (1e-3, 1e-2, 1e-1)  # the last one where there are too few images to try
 
 
@@ -49,34 +56,60 @@ def compensate(
     fitted.CopyFrom(model)
     if not reading:
         return fitted
+    layers = [item.layer for item in reading]
     stay = [_kept_columns(item, mask) for item in reading]
-    _take_away(fitted, [item.layer for item in reading], stay)
-    portions = _portions(model, reading, images)
+    _take_away(fitted, layers, stay)
+    _fit_all(model, fitted, layers, stay, images.first(MOST_IMAGES), progress)
+    return fitted
+
+
+def fit_linear(model: onnx.ModelProto, changed: onnx.ModelProto, images: Images) -> onnx.ModelProto:
+    """A copy of `changed`, the model with other convolutions, whose fully connected layers
+    make up for what they read now. Those with zeros or more than MOST_COLUMNS inputs stay.
+    """
+    fitted = onnx.ModelProto()
+    fitted.CopyFrom(changed)
+    layers = [v for v in weighted_layers(changed) if v.kind != "Conv" and v.weight.all()]
+    if layers:
+        stay = [np.ones(v.weight[0].size, np.bool_) for v in layers]
+        _take_away(fitted, layers, stay)
+        _fit_all(model, fitted, layers, stay, images)
+    return fitted
+
+
+def _fit_all(
+    model: onnx.ModelProto,
+    fitted: onnx.ModelProto,
+    layers: Sequence[WeightedLayer],
+    stay: Sequence[NDArray[np.bool_]],
+    images: Images,
+    progress: Callable[[float], None] = lambda share: None,
+) -> None:
+    """Fit layers one after the other; each reads what the fitted ones before it make."""
+    portions = _portions(model, layers, images)
     runs = SegmentedRun(model, portions), SegmentedRun(fitted, portions)
-    for done, (item, columns) in enumerate(zip(reading, stay, strict=True), 1):
-        layer = item.layer
+    for done, (layer, columns) in enumerate(zip(layers, stay, strict=True), 1):
         if layer.weight[0].size <= MOST_COLUMNS:
             for run in runs:
                 run.advance_to(layer.node.input[0])
             weight, gain = _fit(layer, columns, *(run.values for run in runs))
             _put(fitted, layer, weight, gain)
-        progress(done / len(reading))
-    return fitted
+        progress(done / len(layers))
 
 
 def _portions(
-    model: onnx.ModelProto, reading: Sequence[LayerChannels], images: Images
+    model: onnx.ModelProto, layers: Sequence[WeightedLayer], images: Images
 ) -> list[Arrays]:
     """As many images as fit in memory while they go through the network, at least two portions.
 
     One only where the network takes no fewer at once.
     """
-    portions = chunks(model, images.first(MOST_IMAGES))
+    portions = chunks(model, images)
     if len(portions) == 1 and batch_size(model) is None:
         most = 3 * len(images) // 4
         parts = slice(None, most), slice(most, None)
         portions = [{name: a[part] for name, a in portions[0].items()} for part in parts]
-    names = [item.layer.node.input[0] for item in reading]
+    names = [layer.node.input[0] for layer in layers]
     first = next(run_chunks(model, portions[:1], names))
     largest = max(array.nbytes for array in first.values())
     return portions[: max(2, VALUE_BYTES // largest)]

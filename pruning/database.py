@@ -74,6 +74,12 @@ class Database:
         """The layers that can be pruned, in file order."""
         return tuple(self.entries)
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns that any layer can be pruned to."""
+        levels = (level for entry in self.entries.values() for level in entry.errors)
+        return tuple(dict.fromkeys(level.pattern for level in levels))
+
     def levels(self, layer: str) -> tuple[Level, ...]:
         """What a layer can be pruned to beyond the zeros that it has; without dense."""
         return tuple(self.entries[layer].errors)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import onnx
 
 from topiarist.pruning.calibration import Images
+from topiarist.pruning.compensation import fit_linear
 from topiarist.pruning.correction import correct_statistics
 from topiarist.pruning.database import Database
 from topiarist.pruning.layers import replace_weights, weighted_layers
@@ -24,9 +25,10 @@ def stitch(
 ) -> onnx.ModelProto:
     """A copy of the model with each layer at its level and its statistics corrected.
 
-    Layers that are not named stay dense. `refit` fits the weights once more, to the inputs that
-    they have in the pruned network; it takes as long as calibration and keeps all zeros. Raises
-    ValueError for a layer or level that the database doesn't have.
+    Layers that are not named stay dense. `refit` fits the weights once more, those of fully
+    connected layers too, to the inputs that they have in the pruned network; it takes as long as
+    calibration and keeps all zeros. Raises ValueError for a layer or level that the database
+    doesn't have.
     """
     for name in choice:
         if name not in database.layers:
@@ -42,4 +44,5 @@ def stitch(
             replace_weights(pruned, {layer.weight_name: layer.as_stored(weight)})
     if all(level == DENSE for level in choice.values()):
         return pruned
-    return correct_statistics(model, pruned, images, refit=refit, progress=progress)
+    corrected = correct_statistics(model, pruned, images, refit=refit, progress=progress)
+    return fit_linear(model, corrected, images) if refit else corrected

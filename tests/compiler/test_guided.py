@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import onnx
 import pytest
 from typer.testing import CliRunner, Result
 
-from tests.models import Net
+from tests.models import Net, run_onnx
 from topiarist.compiler import guided
 from topiarist.compiler.cli import app
 from topiarist.compiler.compiled import LayerChoice, OtherWork
@@ -93,6 +94,25 @@ class InventedMachine:
         return min(80.0, 0.8 * (5 + 120 * density) * self.slowness.get(name, 1.0))
 
 
+class StubbornMachine(InventedMachine):
+    """Zeros save a fifth of a layer's time at most; fewer channels save as much as they are."""
+
+    def prices_us(self, whats: Sequence[MeasureInput]) -> tuple[np.ndarray, np.ndarray]:
+        """By weights, and by zeros where they are skipped."""
+        found = []
+        for what in whats:
+            names = ("in_channels", "out_channels", "inputs", "outputs")
+            size = math.prod(what.workload.get(name, 1) for name in names)
+            kernel = math.prod(what.workload.get("kernel", (1, 1)))
+            density = what.sparsity.get("density", 1.0) if "sparse" in what.kernel else 1.0
+            found.append(1e-2 * size * kernel * (0.8 + 0.2 * density))
+        return np.array(found), np.array(found)
+
+    def run_us(self, name: str, weight: Any) -> float:
+        """The true time, in which nothing else counts."""
+        return 0.9e-2 * weight.size * (0.8 + 0.2 * np.count_nonzero(weight) / weight.size)
+
+
 EMPTY = LayerChoice("", "conv", "", {}, "", "", 1.0, 0, 0, 0.0, "")
 
 
@@ -124,10 +144,10 @@ MakePruner = Callable[..., GuidedPruner]
 def make_pruner(
     database: Database, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> MakePruner:
-    """`make_pruner(machine, even=False)`: on the invented machine, nothing is compiled."""
+    """`make_pruner(machine, even=..., channels=...)`: on an invented machine; nothing compiled."""
 
-    def make(machine: InventedMachine, even: bool = False) -> GuidedPruner:
-        return _pruner(machine, database, calib, tmp_path, monkeypatch, even)
+    def make(machine: InventedMachine, **options: bool) -> GuidedPruner:
+        return _pruner(machine, database, calib, tmp_path, monkeypatch, **options)
 
     return make
 
@@ -138,7 +158,7 @@ def _pruner(
     calib: Path,
     folder: Path,
     patch: pytest.MonkeyPatch,
-    even: bool,
+    **options: bool,
 ) -> GuidedPruner:
     manifests: dict[Path, _Manifest] = {}
 
@@ -159,7 +179,7 @@ def _pruner(
         registry.get("host"),
         Source(machine, "an invention"),
         folder,
-        even=even,
+        **options,
     )
 
 
@@ -211,6 +231,23 @@ def test_what_is_out_of_reach_is_refused_with_what_is_not(
     with pytest.raises(BudgetError, match=f"{reach.speedup:.2f}x, is the least"):
         pruner.prune(Goal(speedup=50))
     assert machine.compiled == [model]  # only the dense build was needed to know
+
+
+def test_channels_are_cut_where_zeros_are_not_enough(model: Path, make_pruner: MakePruner) -> None:
+    machine = StubbornMachine(model, {})
+    with pytest.raises(BudgetError):
+        make_pruner(machine).prune(Goal(speedup=1.6))
+    pruner = make_pruner(machine, channels=True)
+    assert [network.cut for network in pruner.networks] == [0.0, *guided.CUTS]
+    found = pruner.prune(Goal(speedup=1.6))
+    assert found.cut in guided.CUTS
+    assert found.run_us <= (1 + guided.TOLERANCE) * pruner.dense_us / 1.6
+    sizes = {layer.name: layer.weight.size for layer in weighted_layers(onnx.load(model))}
+    left = {layer.name: layer.weight.size for layer in weighted_layers(found.model)}
+    assert sum(left.values()) < 0.9 * sum(sizes.values())
+    assert found.density < 0.9
+    images = np.zeros((1, 3, 16, 16), np.float32)
+    assert run_onnx(found.model, {"x": images})[0].shape == (1, 10)
 
 
 def test_even_levels_are_the_baseline(model: Path, make_pruner: MakePruner) -> None:
@@ -279,6 +316,7 @@ def test_a_density_with_images(model: Path, calib: Path, tmp_path: Path) -> None
         (["--density", "0.5", "--pattern", "2:4", "--pattern", "block4x1"], "takes one --pattern"),
         (["--density", "0.5", "--calib", "missing.npz"], "missing.npz"),
         (["--speedup", "2", "--calib", "CALIB", "-m", "missing.json"], "missing.json"),
+        (["--speedup", "2", "--calib", "CALIB", "--pattern", "filter"], "goes with another one"),
     ],
 )
 def test_what_the_command_refuses(

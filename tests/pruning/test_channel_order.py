@@ -9,7 +9,7 @@ from tests.pruning.channel_nets import NETWORKS, plain, residual, silence, some_
 from topiarist.errors import BudgetError, CalibrationError
 from topiarist.pruning import channel_order
 from topiarist.pruning.calibration import Images
-from topiarist.pruning.channel_errors import output_errors
+from topiarist.pruning.channel_errors import channel_errors
 from topiarist.pruning.channel_order import filter_norms, magnitude_orders, obs_orders
 from topiarist.pruning.channel_steps import choose_counts, layer_channels, step_counts
 from topiarist.pruning.channels import channel_map
@@ -181,7 +181,7 @@ def test_nothing_cut_is_nothing_changed():
     assert compensate(model, {}, _images(model)) == model
 
 
-def test_output_errors_tell_groups_apart():
+def test_channel_errors_tell_groups_apart():
     """A block that hardly matters for the sum costs little, whatever its own layers lose."""
     net = Net()
     x = net.node("Relu", net.conv(net.input("N", 3, 6, 6), 8, 3, name="stem"))
@@ -190,7 +190,7 @@ def test_output_errors_tell_groups_apart():
     model = net.model(net.conv(net.node("Relu", net.node("Add", x, small)), 4, 8, name="last"))
     images = _images(model, 32)
     orders = obs_orders(model, channel_map(model), images)
-    measured = output_errors(model, orders, images)
+    measured = channel_errors(model, orders, images)
     assert orders["inner"].errors[4] > 0.1 * orders["stem"].errors[4]
     assert measured["inner"].errors[4] < 0.001 * measured["stem"].errors[4]
     for name, order in measured.items():

@@ -1,0 +1,110 @@
+"""A network to prune: proposals by price, and the few candidates that are compiled for one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from tests.models import Net, run_onnx
+from topiarist.compiler.bundle import read_manifest
+from topiarist.compiler.pipeline import compile_model
+from topiarist.compiler.prices import MOST_OFFERS, SPARSE_KERNELS
+from topiarist.compiler.prunable import LEAST_GAIN, Prunable, narrowed
+from topiarist.compiler.session import Session
+from topiarist.errors import BudgetError
+from topiarist.pruning.calibration import check_images
+from topiarist.pruning.database import build_database
+from topiarist.pruning.level import DENSE
+from topiarist.pruning.level_errors import level_errors
+from topiarist.targets import registry
+from topiarist.tuning_logs.boosters import Floats
+from topiarist.tuning_logs.record import MeasureInput
+
+
+class ByDensity:
+    """100 us for every dense kernel, for sparse ones 10 us and 180 us times the density."""
+
+    def prices_us(self, whats: Sequence[MeasureInput]) -> tuple[Floats, Floats]:
+        times = np.array(
+            [
+                10 + 180 * what.sparsity["density"] if what.kernel in SPARSE_KERNELS else 100.0
+                for what in whats
+            ]
+        )
+        return times, times
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Prunable:
+    folder = tmp_path_factory.mktemp("network")
+    net = Net(seed=1)
+    x = net.node("Relu", net.conv(net.input(1, 3, 12, 12), 16, 3, name="stem"))
+    y = net.node("Relu", net.conv(x, 16, 16, name="one"))
+    x = net.node("Add", x, net.conv(y, 16, 16, name="two"))
+    model = net.model(x)
+    onnx.save(model, folder / "model.onnx")
+    random = np.random.default_rng(0)
+    images = check_images(model, {"x": random.standard_normal((8, 3, 12, 12)).astype(np.float32)})
+    database = build_database(model, images, folder / "calibration")
+    errors = level_errors(model, database, images)
+    place = folder / "model.onnx", model, database, errors, ByDensity(), registry.get("host")
+    return Prunable(*place, threads=1, batch=None)
+
+
+def test_what_gains_next_to_nothing_is_not_offered(network: Prunable) -> None:
+    (first, *_) = network.options(network.plans[0])
+    dense, *others = first.options
+    assert dense.run_us == 100
+    assert others[0].level.density > 0.3
+    assert all(option.run_us <= (1 - LEAST_GAIN) * 100 for option in others)
+
+
+def test_a_proposal_takes_what_was_asked_for(network: Prunable) -> None:
+    assert network.dense_us == 300
+    for even in (False, True):
+        proposal = network.propose(200.0, even=even)
+        assert 150 < proposal.expected_us <= 200
+    with pytest.raises(BudgetError, match="is out of reach"):
+        network.propose(0.9 * network.least_us)
+
+
+def test_few_candidates_are_compiled_and_one_of_them_runs(
+    network: Prunable, tmp_path: Path
+) -> None:
+    proposal = network.propose(200.0)
+    advice = network.advice(proposal)
+    levels = proposal.allocation.levels
+    for name, found in advice.candidates.items():
+        assert 0 < len(found) <= 2 * MOST_OFFERS
+        sparse = [candidate.kernel in SPARSE_KERNELS for candidate in found]
+        assert sparse[0] == (levels.get(name, DENSE) != DENSE)
+    onnx.save(network.with_zeros(levels), tmp_path / "zeros.onnx")
+    compile_model(tmp_path / "zeros.onnx", output=tmp_path / "a.topi", advice=advice)
+    manifest = read_manifest(tmp_path / "a.topi")
+    last = narrowed(advice, manifest)
+    for layer in manifest.layers:
+        assert layer.run_us is not None
+        (won,) = last.candidates[layer.layer]
+        assert won in advice.candidates[layer.layer]
+        assert (won.kernel, asdict(won.config)) == (layer.kernel, dict(layer.config))
+    x = np.random.default_rng(1).standard_normal((1, 3, 12, 12)).astype(np.float32)
+    (expected,) = run_onnx(onnx.load(tmp_path / "zeros.onnx"), {"x": x})
+    (found,) = Session(tmp_path / "a.topi").run(None, {"x": x})
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_what_was_measured_corrects_prices(network: Prunable, tmp_path: Path) -> None:
+    proposal = network.propose(200.0)
+    path = tmp_path / "zeros.onnx"
+    onnx.save(network.with_zeros(proposal.allocation.levels), path)
+    compile_model(path, output=tmp_path / "a.topi", advice=network.advice(proposal))
+    manifest = read_manifest(tmp_path / "a.topi")
+    network.correct(proposal, manifest, 120.0)
+    measured = sum(layer.run_us or 0.0 for layer in manifest.layers)
+    others = sum(other.run_us for other in manifest.others)
+    assert network.rest_us == pytest.approx(120 * others / (measured + others))
