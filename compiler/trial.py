@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Program
 from topiarist.compiler.recorded import Recorded
 from topiarist.compiler.runtime import ThreadPool
+from topiarist.compiler.worker import reference_kernel
 from topiarist.schedules.kernels import conv_kernel
 from topiarist.tuning_logs.record import MeasureInput, typical_us
 
@@ -40,6 +41,7 @@ WITHIN = 1.4  # slower ones alone are not tried in the network
 ROUNDS = 25
 BUDGET_S = 4.0  # of one comparison; slow networks get fewer rounds
 LEAST_ROUNDS = 3
+REFERENCE_CALLS = 20  # some microseconds each
 
 Seconds = NDArray[np.float64]
 
@@ -180,12 +182,22 @@ class Trial:
 
     def compare(self, programs: list[Program]) -> list[Seconds]:
         """Median seconds of every call of each program, from interleaved runs."""
+        return self.compare_watched(programs)[0]
+
+    def compare_watched(self, programs: list[Program]) -> tuple[list[Seconds], list[float]]:
+        """As `compare`, and the seconds of a kernel that never changes, one for each round.
+
+        They tell a disturbed machine.
+        """
+        reference, arguments = reference_kernel(self.parts)
+        watched: list[float] = []
         runnables = [self.prepare(program) for program in programs]
         samples: list[list[Seconds]] = [[] for _ in programs]
 
         def rounds() -> None:
             start = time.perf_counter()
             for i in range(ROUNDS + 1):
+                watched.append(_mean_seconds(reference, next(arguments)))
                 for runnable, sample in zip(runnables, samples, strict=True):
                     seconds = _run(runnable)
                     if i:  # the first round warms up
@@ -194,7 +206,7 @@ class Trial:
                     return
 
         self.pool.call(rounds)
-        return [np.median(np.stack(sample), axis=0) for sample in samples]
+        return [np.median(np.stack(sample), axis=0) for sample in samples], watched[1:]
 
     def prepare(self, program: Program) -> Runnable:
         """The program with its functions compiled and all of its buffers filled."""
@@ -226,6 +238,15 @@ class Trial:
         if id(array) not in self.constants:
             self.constants[id(array)] = array, tvm.runtime.tensor(array)
         return self.constants[id(array)][1]
+
+
+def _mean_seconds(function: Callable[..., None], args: Sequence[Any]) -> float:
+    """Of some calls, after one that fetches the data again."""
+    function(*args)
+    start = time.perf_counter()
+    for _ in range(REFERENCE_CALLS):
+        function(*args)
+    return (time.perf_counter() - start) / REFERENCE_CALLS
 
 
 def _run(runnable: Runnable) -> Seconds:

@@ -75,7 +75,7 @@ def measured(bundle: Path) -> Manifest:
 
 @pytest.fixture(scope="module")
 def latency_model(bundle: Path, model: Path) -> Path:
-    """Trained on all candidates, as if a cycle took a nanosecond."""
+    """Trained on all candidates, as if moving a byte took a nanosecond."""
     manifest, seen = read_manifest(bundle), Seen()
     graph = simplify(extract_layers(import_model(model)))
     for prices in all_prices(graph, Device.named(manifest.target, 1), 1, seen):
@@ -84,7 +84,7 @@ def latency_model(bundle: Path, model: Path) -> Path:
         tuple(seen.whats),
         tuple(map(features, seen.whats)),
         np.zeros(len(seen.whats), np.bool_),
-        np.array([np.exp(features(what)["log_cycles"]) / 1000 for what in seen.whats]),
+        np.array([np.exp(features(what)["log_bytes_moved"]) / 1000 for what in seen.whats]),
     )
     path = model.with_name("latency.json")
     LatencyModel.train(data, {"records": len(data)}).save(path)

@@ -12,18 +12,16 @@ import onnx
 import pytest
 
 from tests.models import Net
-from topiarist.compiler import latency
+from topiarist.compiler import model_files
 from topiarist.compiler.latency import (
     card_of,
-    default_model,
     evaluate_unseen,
     evaluations,
     explain_network,
-    open_model,
-    open_source,
     predict_network,
     read_logs,
 )
+from topiarist.compiler.model_files import default_model, open_model, open_source
 from topiarist.compiler.prices import Analytic, Learned
 from topiarist.compiler.recorded import Device, is_current
 from topiarist.errors import CostModelError, MissingRecordsError, ModelError, TuningLogError
@@ -32,7 +30,7 @@ from topiarist.schedules.kernels import conv_kernel
 from topiarist.schedules.workload import ConvWorkload, SparsitySignature
 from topiarist.targets import registry
 from topiarist.targets.spec import TargetSpec
-from topiarist.tuning_logs import cost_model
+from topiarist.tuning_logs import regressions
 from topiarist.tuning_logs.cost_model import Dataset, LatencyModel
 from topiarist.tuning_logs.record import MeasureInput, TuningRecord
 from topiarist.tuning_logs.store import TuningLog
@@ -43,13 +41,13 @@ HOST = registry.get("host")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few trees: what is looked at is not how good they are."""
-    for name in cost_model.ROUNDS:
-        monkeypatch.setitem(cost_model.ROUNDS, name, 5)
+    for name in regressions.ROUNDS:
+        monkeypatch.setitem(regressions.ROUNDS, name, 5)
 
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(latency, "user_folder", lambda: tmp_path / "user")
+    monkeypatch.setattr(model_files, "user_folder", lambda: tmp_path / "user")
     (tmp_path / "user").mkdir()
     yield
 
@@ -260,7 +258,7 @@ def test_a_broken_model_of_the_user_is_named(stated: TargetSpec) -> None:
 def test_a_target_that_this_machine_can_not_run(
     stated: TargetSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency, "runs_here", lambda spec: "it lacks something")
+    monkeypatch.setattr(model_files, "runs_here", lambda spec: "it lacks something")
     foreign = replace(stated, peak_gflops=None)
     with pytest.raises(CostModelError, match=r"Measure on the device.*name the model"):
         open_source(foreign, 1, None)

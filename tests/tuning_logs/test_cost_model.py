@@ -20,11 +20,11 @@ from tests.tuning_logs.invented import (
     true_us,
 )
 from topiarist.errors import CostModelError
-from topiarist.tuning_logs import cost_model
+from topiarist.tuning_logs import regressions
 from topiarist.tuning_logs.boosters import Floats
 from topiarist.tuning_logs.cost_model import LEAST, Covers, Dataset, LatencyModel, layer_of
 from topiarist.tuning_logs.evaluate import flop_baseline, nearest_baseline
-from topiarist.tuning_logs.features import features
+from topiarist.tuning_logs.features import features, table
 from topiarist.tuning_logs.record import Measured, MeasureInput, TuningRecord
 
 Edit = Callable[[dict[str, Any]], object]
@@ -44,8 +44,8 @@ def model(data: Dataset) -> LatencyModel:
 def small() -> LatencyModel:
     """Of few trees: quick to write and to break."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in cost_model.ROUNDS:
-            patch.setitem(cost_model.ROUNDS, name, 4)
+        for name in regressions.ROUNDS:
+            patch.setitem(regressions.ROUNDS, name, 4)
         return LatencyModel.train(Dataset.of(records(150)), {"note": "few trees"})
 
 
@@ -127,7 +127,7 @@ def test_training_is_deterministic(data: Dataset, tmp_path: Path) -> None:
     part = data.where(np.arange(len(data)) < 150)
     for path in paths:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(cost_model.ROUNDS, "alone", 4)
+            patch.setitem(regressions.ROUNDS, "alone", 4)
             LatencyModel.train(part).save(path)
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
@@ -139,7 +139,8 @@ def test_contributions_multiply_to_the_correction(model: LatencyModel) -> None:
     assert sizes == sorted(sizes, reverse=True)
     other = make_what(density=0.4)
     ratio = model.predict_us([other], "alone") / model.predict_us([what], "alone")
-    scale = np.exp(features(other)["log_cycles"] - features(what)["log_cycles"])
+    rows = table([features(each) for each in (what, other)], model.columns)
+    scale = np.divide(*model.learned.costs.predict_us(rows, model.columns)[::-1])
     found = np.prod([f for _, f in model.contributions(other, 999)]) / np.prod(
         [factor for _, factor in factors]
     )
@@ -251,7 +252,7 @@ def test_the_file_is_plain_json(saved: Path) -> None:
 
 
 def test_a_card_that_is_no_json_writes_nothing(tmp_path: Path, small: LatencyModel) -> None:
-    small_card = LatencyModel(small.columns, {}, small.covers, {"x": float("nan")})
+    small_card = LatencyModel(small.learned, small.covers, {"x": float("nan")})
     with pytest.raises(ValueError):
         small_card.save(tmp_path / "model.json")
     assert not [*tmp_path.iterdir()]
@@ -284,7 +285,9 @@ def test_a_model_of_another_version(saved: Path) -> None:
             LatencyModel.load(saved)
 
 
-@pytest.mark.parametrize("name", ["columns", "covers", "card", "boosters", "seen"])
+@pytest.mark.parametrize(
+    "name", ["columns", "covers", "card", "boosters", "costs", "margins", "seen"]
+)
 def test_a_model_without_a_part(saved: Path, name: str) -> None:
     edit(saved, lambda document: document.pop(name))
     with pytest.raises(CostModelError, match=rf"is broken, it lacks '{name}'; train it again"):
@@ -320,6 +323,11 @@ HOSTILE: dict[str, Edit] = {
     ),
     "a regression too many": lambda d: d["boosters"].update(more=d["boosters"]["alone"]),
     "no upper quantile": lambda d: d["boosters"].pop("upper"),
+    "a negative cost": lambda d: d["costs"]["direct_sparse"].update(calls=-1),
+    "a cost of words": lambda d: d["costs"].update(direct_sparse="low"),
+    "no costs of the rest": lambda d: d["costs"].pop(""),
+    "an infinite margin": lambda d: d.update(margins=[0, float("inf")]),
+    "a margin too many": lambda d: d.update(margins=[0, 0, 0]),
     "a list of regressions": lambda d: d.update(boosters=[]),
     "a target of words": lambda d: d["covers"].update(target={"family": "x86"}),
     "a version of words": lambda d: d["covers"].update(kernels={"direct_sparse": "new"}),
