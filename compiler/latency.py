@@ -152,7 +152,7 @@ def card_of(
     roofline = Roofline.fit(data, SPARSE_KERNELS)
     return {
         "created": now(),
-        "device_model": data.inputs[0].target.device_model,
+        "target": str(data.inputs[0].target),
         "versions": versions(),
         "records": len(data),
         "base": None if base is None else str(base.covers.target),

@@ -28,9 +28,9 @@ def default_model(target: TargetKey, folder: Path | None = None) -> Path:
 
 
 def shipped_model(target: TargetKey) -> LatencyModel | None:
-    """The model that comes with the package, as one for this device; None without a current one.
+    """The model that comes with the package for these instructions; None without a current one.
 
-    Times of another processor with the same instructions are a start, so it serves those too.
+    It may be of another processor: its times are a start.
     """
     path = SHIPPED / f"{target.family}-{target.isa}" / SHIPPED_FILE
     if not path.exists():
@@ -41,7 +41,7 @@ def shipped_model(target: TargetKey) -> LatencyModel | None:
         return None
     same = replace(target, device_model=model.covers.target.device_model)
     fits = model.covers.target == same and _is_current(model.covers)
-    return model.standing_for(target) if fits else None
+    return model if fits else None
 
 
 def _is_current(covers: Covers) -> bool:
@@ -55,7 +55,7 @@ def open_model(path: Path | None, target: TargetKey) -> LatencyModel:
     if path is None and not default_model(target).exists():
         found = shipped_model(target)
         if found is not None:
-            return found
+            return found.standing_for(target)
     return LatencyModel.load(default_model(target) if path is None else path)
 
 
@@ -86,7 +86,7 @@ def open_source(
             model.covers.check_target(key)
     shipped = shipped_model(key)
     if shipped is not None:
-        return Source(Learned(shipped), _shipped_name(shipped, key))
+        return Source(Learned(shipped.standing_for(key)), _shipped_name(shipped, key))
     if runs_here(target) is None:
         target = with_roofline(target)
     if target.peak_gflops is None or target.bandwidth_gbs is None:
@@ -106,7 +106,7 @@ def _records(model: LatencyModel) -> object:
 def _shipped_name(model: LatencyModel, key: TargetKey) -> str:
     """Says on which processor it was measured, where that is not this one."""
     name = f"the latency model that comes with topiarist ({_records(model)} records"
-    measured = model.card.get("device_model", "")
+    measured = model.covers.target.device_model
     if measured == key.device_model:
         return f"{name})"
     this = key.device_model or "an unnamed processor"

@@ -249,6 +249,28 @@ def test_what_prices_layers(tmp_path: Path, model: LatencyModel, stated: TargetS
         open_source(stated, 1, tmp_path / "none.json")
 
 
+def test_the_model_that_comes_with_the_package(
+    tmp_path: Path, model: LatencyModel, stated: TargetSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = Device.here(HOST, 1).key
+    monkeypatch.setattr(model_files, "SHIPPED", tmp_path)
+    folder = tmp_path / f"{key.family}-{key.isa}"
+    folder.mkdir()
+    model.save(folder / model_files.SHIPPED_FILE)
+    source = open_source(stated, 1, None)
+    assert isinstance(source.pricer, Learned) and "comes with topiarist" in source.name
+    assert "better" not in source.name
+    assert open_model(None, key).covers == model.covers
+    assert isinstance(open_source(stated, 2, None).pricer, Analytic)
+    model.standing_for(replace(key, device_model="Another")).save(folder / "latency_model.json")
+    source = open_source(stated, 1, None)
+    assert isinstance(source.pricer, Learned) and "; not of " in source.name
+    monkeypatch.setattr(model_files, "is_current_kernel", lambda name, version: False)
+    assert isinstance(open_source(stated, 1, None).pricer, Analytic)
+    (folder / model_files.SHIPPED_FILE).write_text("{")
+    assert isinstance(open_source(stated, 1, None).pricer, Analytic)
+
+
 def test_a_broken_model_of_the_user_is_named(stated: TargetSpec) -> None:
     default_model(Device.here(HOST, 1).key).write_text("{")
     with pytest.raises(CostModelError, match=r"latency\.json is no latency model"):

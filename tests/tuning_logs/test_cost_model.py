@@ -199,6 +199,43 @@ def test_too_few_records() -> None:
             LatencyModel.train(Dataset.of(records(count)))
 
 
+def test_few_records_adapt_the_model_of_another_target(model: LatencyModel) -> None:
+    """A device three times as slow, with an instruction set that the model does not know."""
+
+    def there(what: MeasureInput) -> MeasureInput:
+        target = replace(what.target, isa="neon", family="arm", device_model="Board")
+        return replace(what, target=target)
+
+    found = [
+        TuningRecord(there(record.input), tuple(3.0 * s for s in record.seconds))
+        for record in records(30, seed=4)
+    ]
+    adapted = LatencyModel.train(Dataset.of(found), base=model)
+    test = Dataset.of(records(200, seed=5, noise=False))
+    whats = [there(what) for what in test.inputs]
+    errors = np.abs(adapted.predict_us(whats, "alone") / (3.0 * test.run_us) - 1)
+    assert np.median(errors) < 0.08
+    assert adapted.covers.target.family == "arm"
+    assert adapted.covers.kernels.keys() >= model.covers.kernels.keys()
+    assert (upper_us(adapted, whats, "in network") > 0).all()
+    with pytest.raises(CostModelError, match=r"19 usable records.* 20 are the least"):
+        LatencyModel.train(Dataset.of(found[:19]), base=model)
+
+
+def test_the_upper_quantile_holds_in_networks_that_were_left_out() -> None:
+    """Networks that are slower than others as a whole: their bias counts, not just the scatter."""
+    found, groups = [], []
+    for i, factor in enumerate((0.8, 0.9, 1.0, 1.1, 1.25)):
+        for record in records(120, seed=20 + i):
+            found.append(TuningRecord(record.input, tuple(factor * s for s in record.seconds)))
+            groups.append(f"net {i}")
+    data = Dataset.of(found)
+    model = LatencyModel.train(data, groups=np.array(groups[: len(data)]))
+    unseen = Dataset.of(records(200, seed=30))
+    times = unseen.run_us * 1.1
+    assert float((times <= upper_us(model, unseen.inputs, "alone")).mean()) > 0.85
+
+
 def test_records_that_do_not_go_together_are_named() -> None:
     what = make_what()
     with pytest.raises(CostModelError, match=r"targets x86/avx2/8/.*1 thread, .*2 threads.*choose"):
