@@ -299,7 +299,7 @@ def _print_errors(errors: dict[str, dict[Any, Evaluation]]) -> None:
                 text += f", {d.top_8_regret:.2%} lost"
             notes.append(text)
     print_table(["held out", "predictor", "records", "MAPE", "median", "within 10 %",
-                 "Spearman", "pairs in order"], rows)  # fmt: skip
+                 "Spearman", "pairs in order", "sum"], rows)  # fmt: skip
     for note in notes:
         say(note)
 
@@ -313,4 +313,5 @@ def _row(label: str, predictor: str, scores: Scores) -> list[object]:
         scores.records,
         *("-" if math.isnan(v) else percent(v) for v in ratios),
         *("-" if math.isnan(v) else f"{v:.3f}" for v in ranks),
+        "-" if math.isnan(scores.total) else f"{scores.total:+.1%}",
     ]

@@ -34,7 +34,8 @@ Predict = Callable[[Dataset], Floats]  # microseconds of each candidate
 class Scores:
     """Errors relative to the measured time; `pairwise`: share of pairs in the right order.
 
-    Pairs of one prediction count half. NaN where there is nothing to compare.
+    Pairs of one prediction count half. `total` is the error of the sum of all times. NaN where
+    there is nothing to compare.
     """
 
     records: int
@@ -43,12 +44,13 @@ class Scores:
     within_10: float
     spearman: float
     pairwise: float
+    total: float
 
     @staticmethod
     def of(predicted: Floats, measured: Floats) -> Scores:
         """Of two lists of times."""
         if not len(measured):
-            return Scores(0, *[math.nan] * 5)
+            return Scores(0, *[math.nan] * 6)
         errors = np.abs(predicted / measured - 1)
         ranks = len({*predicted.tolist()}) > 1 and len({*measured.tolist()}) > 1
         return Scores(
@@ -58,6 +60,7 @@ class Scores:
             within_10=float((errors <= WITHIN).mean()),
             spearman=float(spearmanr(predicted, measured)[0]) if ranks else math.nan,
             pairwise=_in_order(predicted, measured) if ranks else math.nan,
+            total=float(predicted.sum() / measured.sum() - 1),
         )
 
 

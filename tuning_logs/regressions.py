@@ -24,14 +24,15 @@ FOLDS = 3
 FEWEST = 40  # records to learn from in a fold
 FEWEST_TO_ADAPT = 10  # from those of another target
 GROUPS = 3  # networks from which on they are left out in turns, instead of layers
-ROUNDS = {"alone": 250, "in network": 80, "upper": 40, "adapt": 40}
+ROUNDS = {"alone": 220, "in network": 80, "upper": 40, "adapt": 40}
 _COMMON = {"tree_method": "hist", "seed": 0, "subsample": 0.8}
 _ALONE = _COMMON | {
     "objective": "reg:squarederror",
-    "max_depth": 5,
-    "eta": 0.08,
-    "colsample_bytree": 0.4,
-    "min_child_weight": 4,
+    "max_depth": 6,
+    "eta": 0.1,
+    "reg_lambda": 3,
+    "colsample_bytree": 0.5,
+    "min_child_weight": 2,
 }
 _IN_NETWORK = _COMMON | {
     "objective": "reg:squarederror",
