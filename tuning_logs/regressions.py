@@ -189,16 +189,19 @@ def _fit_upper(data: Times, base: Regressions | None) -> tuple[Booster, tuple[fl
             continue
         part = _fit(data.where(seen), base)
         fold[test] = k
-        for in_network in (False, True):
-            at = test & (data.in_network == in_network)
-            errors[at] = np.log(data.run_us[at] / part.predict_us(data.rows[at], in_network))
+        for place in (False, True):
+            at = test & (data.in_network == place)
+            errors[at] = np.log(data.run_us[at] / part.predict_us(data.rows[at], place))
     known = ~np.isnan(errors)
     rows = _with_place(data.rows, data.in_network)[known]
-    upper = boosters.fit(_UPPER, rows, errors[known], ROUNDS["upper"])
-    above = errors[known] - boosters.predict(upper, rows)
-    networks = data.in_network[known]
-    alone, added = (_margin(above[at], fold[known][at]) for at in (~networks, networks))
-    return upper, (alone, added)
+    errors, fold, in_network = errors[known], fold[known], data.in_network[known]
+    above = np.empty(len(errors))
+    for k in np.unique(fold):
+        others = fold != k if (fold != k).any() else fold == k
+        part = boosters.fit(_UPPER, rows[others], errors[others], ROUNDS["upper"])
+        above[fold == k] = errors[fold == k] - boosters.predict(part, rows[fold == k])
+    alone, added = (_margin(above[at], fold[at]) for at in (~in_network, in_network))
+    return boosters.fit(_UPPER, rows, errors, ROUNDS["upper"]), (alone, added)
 
 
 def _margin(above: Floats, fold: NDArray[np.intp]) -> float:
