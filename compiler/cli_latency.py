@@ -138,23 +138,31 @@ def train(
     ] = True,
     target: OnlyTarget = None,
     threads: OnlyThreads = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A model of another target to start from."),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Train the latency model from tuning logs alone.
 
     With several logs each is held out once, as a network that the model has not seen. The errors
-    go into the model's card.
+    go into the model's card. With --base a hundred records are enough: they change what the model
+    of another target has learned.
     """
-    from topiarist.compiler.latency import card_of, default_model, evaluations
+    from topiarist.compiler.latency import card_of, evaluations
+    from topiarist.compiler.model_files import default_model
     from topiarist.tuning_logs.cost_model import LatencyModel
 
     if output is not None:
         check_output(output)
     found = _read(logs, target, threads)
     data, groups = found.data, found.groups
-    errors = evaluations(data, groups) if check else {}
-    model = LatencyModel.train(data, card_of(data, groups, errors))
+    start = None if base is None else LatencyModel.load(base)
+    errors = evaluations(data, groups, start) if check else {}
+    card = card_of(data, groups, errors, start)
+    model = LatencyModel.train(data, card, groups=groups, base=start)
     path = output or default_model(model.covers.target)
     path.parent.mkdir(parents=True, exist_ok=True)
     model.save(path)
@@ -177,7 +185,8 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Compare a trained model with records of its target that it was not trained on."""
-    from topiarist.compiler.latency import evaluate_unseen, open_model
+    from topiarist.compiler.latency import evaluate_unseen
+    from topiarist.compiler.model_files import open_model
 
     data = _read(logs, None, None).data
     found = open_model(model, data.inputs[0].target)
@@ -238,7 +247,8 @@ def explain(
     spec = registry.get(target)
     if network is None and layer is not None:
         raise ValueError("--layer takes the name of a layer of --network MODEL.onnx")
-    from topiarist.compiler.latency import explain_network, open_model
+    from topiarist.compiler.latency import explain_network
+    from topiarist.compiler.model_files import open_model
     from topiarist.compiler.recorded import Device
 
     if network is None:
@@ -289,7 +299,7 @@ def _print_errors(errors: dict[str, dict[Any, Evaluation]]) -> None:
                 text += f", {d.top_8_regret:.2%} lost"
             notes.append(text)
     print_table(["held out", "predictor", "records", "MAPE", "median", "within 10 %",
-                 "Spearman", "pairs in order"], rows)  # fmt: skip
+                 "Spearman", "pairs in order", "sum"], rows)  # fmt: skip
     for note in notes:
         say(note)
 
@@ -303,4 +313,5 @@ def _row(label: str, predictor: str, scores: Scores) -> list[object]:
         scores.records,
         *("-" if math.isnan(v) else percent(v) for v in ratios),
         *("-" if math.isnan(v) else f"{v:.3f}" for v in ranks),
+        "-" if math.isnan(scores.total) else f"{scores.total:+.1%}",
     ]

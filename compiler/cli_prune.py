@@ -336,7 +336,7 @@ def _prune_to_goals(
     progress: Progress,
 ) -> None:
     from topiarist.compiler.guided import GuidedPruner
-    from topiarist.compiler.latency import open_source
+    from topiarist.compiler.model_files import open_source
     from topiarist.compiler.pipeline import require_measurable
     from topiarist.compiler.report.inputs import Sweep, SweepPoint, write_sweep
     from topiarist.pruning.database import make_folder

@@ -38,11 +38,11 @@ from topiarist.compiler.runtime import pinned
 from topiarist.compiler.simplify import simplify
 from topiarist.compiler.trial import Trial
 from topiarist.compiler.tune import BATCH, Clock, candidates, record_of
-from topiarist.compiler.worker import Layer, Measurer, Steady, Variant
+from topiarist.compiler.worker import RETRIES, Drift, Layer, Measurer, Steady, Variant
 from topiarist.schedules.kernel import ConvSite
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.cost_model import Dataset, LatencyModel, is_usable
-from topiarist.tuning_logs.record import MeasureInput, TuningRecord
+from topiarist.tuning_logs.record import DRIFT_LIMIT, MeasureInput, TuningRecord
 from topiarist.tuning_logs.sources import TuningLogs
 
 SITES = 6  # layers of a draw that are timed alone
@@ -74,7 +74,7 @@ class CollectReport:
 
     draws: int
     records: int
-    disturbed: int  # batches
+    disturbed: int  # batches and networks
     seconds: float
 
 
@@ -105,14 +105,14 @@ def collect(
         if record.input.target == device.key and is_current(record.input)
     ]
     random = np.random.default_rng((seed, len(known)))
-    guide, steady = _Guide(known), Steady(measurer)
+    guide, steady, drift = _Guide(known), Steady(measurer), Drift()
     draws = count = 0
     while clock() - start < budget_s:
         if draws % RETRAIN_EVERY == 0:
             guide.train()
         graph = graphs[draws % len(graphs)] if graphs else chain(random, guide.wrong)
         draw = _Draw(graph, Parts(target, threads), device, random, guide)
-        for records in draw.in_network() if guide.lacks_networks else draw.alone(steady):
+        for records in draw.in_network(drift) if guide.lacks_networks else draw.alone(steady):
             logs.append(records)
             guide.learn(records)
             count += len(records)
@@ -121,7 +121,7 @@ def collect(
             if clock() - start > budget_s:
                 break
         draws += 1
-    return CollectReport(draws, count, steady.disturbed, clock() - start)
+    return CollectReport(draws, count, steady.disturbed + drift.disturbed, clock() - start)
 
 
 class _Guide:
@@ -218,17 +218,17 @@ class _Draw:
                 pairs = zip(entries, outcomes, strict=True)
                 yield [record_of(entry.what, outcome, drift) for entry, outcome in pairs]
 
-    def in_network(self) -> Iterator[list[TuningRecord]]:
+    def in_network(self, drift: Drift) -> Iterator[list[TuningRecord]]:
         """The network with new zeros, several kernels a layer, every call timed."""
         names = [node.name for node in self.graph.nodes if isinstance(node, Conv | Linear)]
         for _ in range(REDRAWS):
-            yield list(self._in_network(with_zeros(self.graph, self.random, names)))
+            yield list(self._in_network(with_zeros(self.graph, self.random, names), drift))
             self.parts.forget_constants()
 
     def _site(self, node: Conv, graph: Graph) -> ConvSite:
         return self.parts.site(workload_of(node, graph), conv_views(node, self.layouts))
 
-    def _in_network(self, graph: Graph) -> Iterator[TuningRecord]:
+    def _in_network(self, graph: Graph, drift: Drift) -> Iterator[TuningRecord]:
         convs = [node for node in graph.nodes if isinstance(node, Conv)]
         sites = {node.name: self._site(node, graph) for node in convs}
         workloads = {name: site.workload for name, site in sites.items()}
@@ -253,8 +253,13 @@ class _Draw:
             chosen = {name: Choice(c, (c,)) for name, (c, _) in variant.items()}
             plans.append(Plan(self.layouts, workloads, chosen, 0.0))
         programs = [lower(graph, plan, self.parts) for plan in plans]
+        trial = Trial(self.parts)
         with pinned(self.parts.threads):
-            times = Trial(self.parts).compare(programs)
+            for _ in range(RETRIES + 1):
+                times, reference = trial.compare_watched(programs)
+                drifted = drift.of([reference])
+                if drifted is None or drifted <= DRIFT_LIMIT:
+                    break
         found: dict[str, tuple[MeasureInput, list[float]]] = {}
         for program, variant, seconds in zip(programs, variants, times, strict=True):
             for call, taken in zip(program.calls, seconds, strict=True):
@@ -262,7 +267,7 @@ class _Draw:
                 what = self.device.what_call(call) if known is None else known[1]
                 found.setdefault(what.key, (what, []))[1].append(float(taken))
         for what, taken in found.values():
-            yield TuningRecord(what, tuple(taken), "in network")
+            yield TuningRecord(what, tuple(taken), "in network", drift=drifted)
 
     def _pick(self, name: str, site: ConvSite, count: int) -> list[_Entry]:
         """The most promising dense and sparse kernel; others are rarer the less they promise."""

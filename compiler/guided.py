@@ -25,7 +25,7 @@ from topiarist.compiler.bundle import read_manifest
 from topiarist.compiler.choose import Advice
 from topiarist.compiler.frontend import load_onnx
 from topiarist.compiler.input_data import random_inputs
-from topiarist.compiler.latency import Source
+from topiarist.compiler.model_files import Source
 from topiarist.compiler.output_file import write_file
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.pipeline import compile_model

@@ -1,36 +1,26 @@
-"""The latency model in use: which file, trained from which logs, and a network's prediction."""
+"""The latency model in use: trained from which logs, how good, and a network's prediction."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from topiarist.compiler.choose import Predictor
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
 from topiarist.compiler.graph import Conv, Graph, Linear
-from topiarist.compiler.prices import (
-    SPARSE_KERNELS,
-    Analytic,
-    Learned,
-    Price,
-    Pricer,
-    open_prices,
-)
+from topiarist.compiler.model_files import open_model, open_source
+from topiarist.compiler.prices import SPARSE_KERNELS, Learned, Price, open_prices
 from topiarist.compiler.recorded import Device, is_current
-from topiarist.compiler.roofline import with_roofline
 from topiarist.compiler.runtime import versions
 from topiarist.compiler.simplify import simplify
 from topiarist.errors import CostModelError, MissingRecordsError, ModelError
-from topiarist.schedules.kernels import CONV_KERNELS
-from topiarist.targets.detect import runs_here
 from topiarist.targets.spec import TargetSpec
-from topiarist.tuning_logs.cost_model import LEAST, Dataset, LatencyModel, is_usable
+from topiarist.tuning_logs.cost_model import Dataset, LatencyModel, is_usable, least
 from topiarist.tuning_logs.evaluate import (
     FOLDS,
     Evaluation,
@@ -40,23 +30,10 @@ from topiarist.tuning_logs.evaluate import (
 )
 from topiarist.tuning_logs.record import Measured, TargetKey, TuningRecord, now
 from topiarist.tuning_logs.roofline import Roofline
-from topiarist.tuning_logs.sources import is_folder, logs_in, user_folder
+from topiarist.tuning_logs.sources import is_folder, logs_in
 from topiarist.tuning_logs.store import TuningLog
 
-MODEL_FILE = "latency.json"
-
 Evaluations = dict[str, dict[Measured, Evaluation]]
-
-
-def default_model(target: TargetKey, folder: Path | None = None) -> Path:
-    """Where the user's model for a target's instructions and number of threads is."""
-    name = f"{target.family}-{target.isa}-{target.threads}-{MODEL_FILE}"
-    return (user_folder() if folder is None else folder) / name
-
-
-def open_model(path: Path | None, target: TargetKey) -> LatencyModel:
-    """A model file, the user's for that target unless one is named. Raises CostModelError."""
-    return LatencyModel.load(default_model(target) if path is None else path)
 
 
 @dataclass(frozen=True)
@@ -130,16 +107,19 @@ def _is_of(key: TargetKey, target: TargetSpec | None, threads: int | None) -> bo
     return same and threads in (None, key.threads)
 
 
-def evaluations(data: Dataset, groups: NDArray[np.str_]) -> Evaluations:
+def evaluations(
+    data: Dataset, groups: NDArray[np.str_], base: LatencyModel | None = None
+) -> Evaluations:
     """The errors on records held out: a random part, then each log, if there are several.
 
-    Nothing is held out where too little would be left to learn from.
+    Nothing is held out where too little would be left to learn from; `base` is the model of another
+    target to start from.
     """
     found: Evaluations = {}
-    if len(data) - len(data) // FOLDS >= LEAST:
-        found["a fifth"] = cross_validated(data, SPARSE_KERNELS)
+    if len(data) - len(data) // FOLDS >= least(base):
+        found["a fifth"] = cross_validated(data, groups, SPARSE_KERNELS, base)
     if len({*groups.tolist()}) > 1:
-        found |= dict(leave_one_out(data, groups, SPARSE_KERNELS))
+        found |= dict(leave_one_out(data, groups, SPARSE_KERNELS, base))
     return found
 
 
@@ -161,14 +141,21 @@ def evaluate_unseen(model: LatencyModel, data: Dataset) -> dict[Measured, Evalua
     return evaluate_model(model, data.where(seen), data.where(~seen), SPARSE_KERNELS)
 
 
-def card_of(data: Dataset, groups: NDArray[np.str_], errors: Evaluations) -> dict[str, Any]:
+def card_of(
+    data: Dataset,
+    groups: NDArray[np.str_],
+    errors: Evaluations,
+    base: LatencyModel | None = None,
+) -> dict[str, Any]:
     """What a model's user should know: its data, versions, errors beside baselines, and alpha."""
     logs, counts = np.unique(groups, return_counts=True)
     roofline = Roofline.fit(data, SPARSE_KERNELS)
     return {
         "created": now(),
+        "target": str(data.inputs[0].target),
         "versions": versions(),
         "records": len(data),
+        "base": None if base is None else str(base.covers.target),
         "in network": int(data.in_network.sum()),
         "logs": {str(name): int(count) for name, count in zip(logs, counts, strict=True)},
         "roofline": None if roofline is None else roofline.to_json(),
@@ -177,66 +164,6 @@ def card_of(data: Dataset, groups: NDArray[np.str_], errors: Evaluations) -> dic
             for name, found in errors.items()
         },
     }
-
-
-def users_predictor(target: TargetSpec, threads: int) -> Predictor | None:
-    """The user's latency model of the target, to choose kernels by where they can't be timed.
-
-    None where there is none, or it is of another device, TVM or version of a kernel.
-    """
-    named = Device.named(target, threads)
-    file = default_model(named.key)
-    if not file.exists():
-        return None
-    model = LatencyModel.load(file)
-    covers = model.covers
-    same_device = covers.target.device_model == named.key.device_model
-    versions_now = {kernel.name: kernel.version for kernel in CONV_KERNELS}
-    same_code = covers.tvm == named.versions["apache-tvm"] and all(
-        versions_now.get(name, version) == version for name, version in covers.kernels.items()
-    )
-    if not same_device or not same_code:
-        return None
-    return Predictor(replace(named, key=covers.target), Learned(model))
-
-
-@dataclass(frozen=True)
-class Source:
-    """What prices layers, and its name for people."""
-
-    pricer: Pricer
-    name: str
-
-
-def open_source(
-    target: TargetSpec, threads: int, path: Path | None, device: Device | None = None
-) -> Source:
-    """The named model; without a name the user's, if it covers the target; else the formula.
-
-    `device` is the one whose times count; if it is left out this machine, or the target's where
-    this machine can't run its code. The formula needs the machine's peak and bandwidth, stated by
-    the target or measured here.
-    Raises CostModelError if a named model covers another target, or none of these will do.
-    """
-    key = (device or Device.of(target, threads)).key
-    file = default_model(key) if path is None else path
-    if path is not None or file.exists():
-        model = LatencyModel.load(file)
-        if model.covers.target == key:
-            records = model.card.get("records", "unknown")
-            return Source(Learned(model), f"the latency model {file} ({records} records)")
-        if path is not None:
-            model.covers.check_target(key)
-    if runs_here(target) is None:
-        target = with_roofline(target)
-    if target.peak_gflops is None or target.bandwidth_gbs is None:
-        raise CostModelError(
-            f"{target.name}: there is neither a latency model nor a record, and this machine can't "
-            "run its code. Measure on the device (`topiarist model collect`), train "
-            "(`topiarist model train`), and name the model with --model"
-        )
-    roofline = Roofline.of_peak(target.peak_gflops, target.bandwidth_gbs)
-    return Source(Analytic(roofline), "the analytic formula, for want of a latency model")
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ class LayerBench:
     def try_out(self, target: TargetSpec) -> float:
         """Build, check and time the reference kernel. Raises BoardError or BuildError."""
         self.tell("prepare", None)
-        made = _Built(0, *_reference_kernel(Parts(target, self.machine.threads), self.machine))
+        made = _Built(0, *reference_kernel(Parts(target, self.machine.threads), self.machine))
         return self._seconds(made, 10)
 
     def _prepare(self, layer: Layer) -> None:
@@ -167,7 +167,7 @@ class LayerBench:
             return
         if self._layer is None or not _same_code(layer.site, self._layer.site):
             self.parts = Parts(layer.site.target, self.machine.threads)
-            self.reference = _Built(-1, *_reference_kernel(self.parts, self.machine))
+            self.reference = _Built(-1, *reference_kernel(self.parts, self.machine))
         self._layer = layer
         self.expected = expectation(layer.site, layer.weight, layer.bias)
         tensor = self.machine.tensor
@@ -230,7 +230,7 @@ def _same_code(a: ConvSite, b: ConvSite) -> bool:
     return a == replace(b, workload=replace(b.workload, sparsity=a.workload.sparsity))
 
 
-def _reference_kernel(parts: Parts, machine: Machine) -> tuple[Any, Arguments]:
+def reference_kernel(parts: Parts, machine: Machine) -> tuple[Any, Arguments]:
     """A fully connected layer with weights of 512 KiB: a function that never changes, its args.
 
     Raises BoardError if the machine gets it wrong: then no kernel is to blame for its results.

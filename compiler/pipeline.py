@@ -15,10 +15,10 @@ from topiarist.compiler.compiled import CompiledModel, TensorSignature
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
 from topiarist.compiler.graph import Graph
-from topiarist.compiler.latency import users_predictor
 from topiarist.compiler.layer_choices import layer_choices, other_work
 from topiarist.compiler.lower import lower
 from topiarist.compiler.memory import MemoryPlan, plan_memory
+from topiarist.compiler.model_files import users_predictor
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Program
 from topiarist.compiler.recorded import Device, Recorded

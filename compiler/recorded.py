@@ -107,9 +107,14 @@ class Device:
 def is_current(what: MeasureInput) -> bool:
     """Whether today's kernels and TVM would still take the same time."""
     tvm = "apache-tvm"
-    known = {kernel.name: kernel.version for kernel in CONV_KERNELS}
-    same_code = known.get(what.kernel, UNIT_VERSION) == what.kernel_version
+    same_code = is_current_kernel(what.kernel, what.kernel_version)
     return same_code and what.versions[tvm] == versions()[tvm]
+
+
+def is_current_kernel(name: str, version: int) -> bool:
+    """Whether this is the kernel's version of today."""
+    known = {kernel.name: kernel.version for kernel in CONV_KERNELS}
+    return known.get(name, UNIT_VERSION) == version
 
 
 @dataclass(frozen=True)

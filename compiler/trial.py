@@ -27,6 +27,7 @@ from topiarist.compiler.choose import (
     linear_shape,
 )
 from topiarist.compiler.graph import Conv, Graph, Linear
+from topiarist.compiler.layer_bench import Here, reference_kernel
 from topiarist.compiler.lower import lower
 from topiarist.compiler.memory import plan_memory
 from topiarist.compiler.parts import Parts
@@ -41,6 +42,7 @@ WITHIN = 1.4  # slower ones alone are not tried in the network
 ROUNDS = 25
 BUDGET_S = 4.0  # of one comparison; slow networks get fewer rounds
 LEAST_ROUNDS = 3
+REFERENCE_CALLS = 20  # some microseconds each
 
 Seconds = NDArray[np.float64]
 
@@ -207,9 +209,23 @@ class Trial:
 
     def compare(self, programs: list[Program]) -> list[Seconds]:
         """Median seconds of every call of each program, from interleaved runs."""
-        runnables = [self.prepare(program) for program in programs]
-        runs = [partial(_run, runnable) for runnable in runnables]
-        return self.pool.call(lambda: medians(runs))
+        return self.pool.call(lambda: medians(self._runs(programs)))
+
+    def compare_watched(self, programs: list[Program]) -> tuple[list[Seconds], float]:
+        """As `compare`, and the seconds of a kernel that never changes: these tell disturbances."""
+        here = Here(self.parts.threads)
+        reference, arguments = reference_kernel(self.parts, here)
+
+        def watch() -> Seconds:
+            here.run(reference, next(arguments))  # fetches the data again
+            return np.array(here.seconds(reference, arguments, REFERENCE_CALLS))
+
+        runs = [watch, *self._runs(programs)]
+        watched, *times = self.pool.call(lambda: medians(runs))
+        return times, float(watched)
+
+    def _runs(self, programs: list[Program]) -> list[Callable[[], Seconds]]:
+        return [partial(_run, self.prepare(program)) for program in programs]
 
     def prepare(self, program: Program) -> Runnable:
         """The program with its functions compiled and all of its buffers filled."""

@@ -79,16 +79,38 @@ class Measurer(Protocol):
         ...
 
 
-class Steady:
-    """Measures batches, again where the machine was disturbed meanwhile.
+class Drift:
+    """How steady the machine is, by the reference kernel's seconds; `disturbed` counts when not."""
 
-    `disturbed` counts those batches, repeated or not.
-    """
+    def __init__(self) -> None:
+        self.disturbed = 0
+        self._usual: list[float] = []  # seconds around each measurement
+
+    def of(self, reference: Sequence[float]) -> float | None:
+        """The reference kernel's time over its usual one, see `TuningRecord.drift`.
+
+        None without any.
+        """
+        if not reference:
+            return None
+        median = float(np.median(reference))
+        self._usual.append(median)
+        drift = round(max(median / (typical_us(self._usual) * 1e-6), 1.0), 3)
+        self.disturbed += drift > DRIFT_LIMIT
+        return drift
+
+
+class Steady:
+    """Measures batches, again where the machine was disturbed meanwhile."""
 
     def __init__(self, measurer: Measurer) -> None:
         self.measurer = measurer
-        self.disturbed = 0
-        self._references: list[float] = []  # the reference kernel's seconds around each batch
+        self._drift = Drift()
+
+    @property
+    def disturbed(self) -> int:
+        """Batches that were disturbed, repeated or not."""
+        return self._drift.disturbed
 
     def measure(
         self, layer: Layer, variants: Sequence[Variant]
@@ -96,19 +118,10 @@ class Steady:
         """The outcomes, and how steady the machine was: see `TuningRecord.drift`."""
         for _ in range(RETRIES + 1):
             batch = self.measurer.measure(layer, variants)
-            drift = self._drift(batch.reference)
+            drift = self._drift.of(batch.reference)
             if drift is None or drift <= DRIFT_LIMIT:
                 break
-            self.disturbed += 1
         return batch.outcomes, drift
-
-    def _drift(self, reference: Sequence[float]) -> float | None:
-        """The reference kernel's time over its usual one, None without any."""
-        if not reference:
-            return None
-        median = float(np.median(reference))
-        self._references.append(median)
-        return round(max(median / (typical_us(self._references) * 1e-6), 1.0), 3)
 
 
 class Worker:

@@ -29,13 +29,34 @@ _CATEGORIES = ("categories", "categories_nodes", "categories_segments", "categor
 _NO_PARENT = float(2**31 - 1)  # of the root
 
 
-def fit(settings: Mapping[str, Any], rows: Rows, labels: Floats, rounds: int) -> Booster:
-    """A regression of the labels, starting from their mean."""
+def fit(
+    settings: Mapping[str, Any],
+    rows: Rows,
+    labels: Floats,
+    rounds: int,
+    after: Booster | None = None,
+) -> Booster:
+    """A regression of the labels, from their mean on, or from where an earlier one ended."""
     import xgboost
 
     data = xgboost.DMatrix(rows, label=labels, nthread=1)
-    start = {"base_score": float(np.mean(labels))}
-    return xgboost.train({**settings, **start, **_ONE_THREAD}, data, num_boost_round=rounds)
+    start = {"base_score": float(np.mean(labels))} if after is None else {}
+    parameters = {**settings, **start, **_ONE_THREAD}
+    found = xgboost.train(parameters, data, num_boost_round=rounds, xgb_model=after)
+    return from_json(_slim(to_json(found)), rows.shape[1])
+
+
+def _slim(document: Any) -> Any:
+    """Without what only training needs, and leaves with as many digits as mean something."""
+    for tree in document["learner"]["gradient_booster"]["model"]["trees"]:
+        leaves = [child == -1 for child in tree["left_children"]]
+        tree["split_conditions"] = [
+            float(f"{value:.5g}") if leaf else value
+            for value, leaf in zip(tree["split_conditions"], leaves, strict=True)
+        ]
+        for name in ("base_weights", "loss_changes"):
+            tree[name] = [0.0] * len(leaves)
+    return document
 
 
 def predict(booster: Booster, rows: Rows) -> Floats:

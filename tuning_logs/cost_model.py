@@ -1,7 +1,7 @@
 """The latency model: XGBoost regression of a kernel's time, learned from tuning records.
 
 It predicts microseconds, not ranks, so that layers, patterns and targets can be compared and added
-up. The time of a kernel alone is learned first, as a correction of a count of cycles; what a
+up. The time of a kernel alone is a sum of what it does (`costs.py`), corrected by trees; what a
 network adds to it (inputs that the layer before left in another cache) is learned on top, with few
 and small trees, since times in a network scatter. A third regression learns how far times exceed
 the prediction, for those who have to keep a promise.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +21,20 @@ from numpy.typing import NDArray
 from topiarist.errors import CostModelError
 from topiarist.tuning_logs import boosters
 from topiarist.tuning_logs import features as feature_set
-from topiarist.tuning_logs.boosters import Booster, Floats, Rows
+from topiarist.tuning_logs.boosters import Floats, Rows
 from topiarist.tuning_logs.features import Features, columns_of, features, table
 from topiarist.tuning_logs.record import Measured, MeasureInput, TargetKey, TuningRecord
+from topiarist.tuning_logs.regressions import Regressions, Times
 
 FORMAT = "topiarist latency model"
 _AGAIN = "train it again (`topiarist model train`)"
 _TO_JSON = json.JSONEncoder(separators=(",", ":"), sort_keys=True, allow_nan=False)
-SCHEMA = 1
-UPPER = 0.9  # the quantile of the third regression
+SCHEMA = 2  # 2: costs
 LEAST = 100  # records to train from
-FOLDS = 3
+LEAST_TO_ADAPT = 20  # a model of another target
 ID_DIGITS = 10  # of a key: two of a million records share them once in a while
-_CYCLES = "log_cycles"
 _NO_KERNELS = ("network", "metaschedule")  # records of whole networks, and TVM's own schedules
-_COMMON = {"tree_method": "hist", "seed": 0, "subsample": 0.8}
-_ALONE = _COMMON | {
-    "objective": "reg:squarederror",
-    "max_depth": 7,
-    "eta": 0.08,
-    "colsample_bytree": 0.4,
-    "min_child_weight": 2,
-}
-_IN_NETWORK = _COMMON | {
-    "objective": "reg:squarederror",
-    "max_depth": 4,
-    "eta": 0.05,
-    "colsample_bytree": 0.4,
-    "min_child_weight": 20,
-}
-_UPPER = _COMMON | {
-    "objective": "reg:quantileerror",
-    "quantile_alpha": UPPER,
-    "max_depth": 3,
-    "eta": 0.1,
-    "min_child_weight": 20,
-}
 _GEOMETRY = ("in_channels", "height", "width", "out_channels", "kernel", "strides", "groups")
-ROUNDS = {"alone": 400, "in network": 80, "upper": 40}
 
 
 @dataclass(frozen=True)
@@ -133,37 +109,62 @@ def layer_of(what: MeasureInput) -> str:
     return json.dumps([(name, w.get(name)) for name in names])
 
 
+def least(base: LatencyModel | None) -> int:
+    """The fewest records to learn from, with or without the model of another target."""
+    return LEAST if base is None else LEAST_TO_ADAPT
+
+
 class LatencyModel:
     """Predicts microseconds of candidates on the target that it was trained for."""
 
     def __init__(
         self,
-        columns: Sequence[str],
-        trained: Mapping[str, Booster],
+        learned: Regressions,
         covers: Covers,
         card: Mapping[str, Any],
         seen: Iterable[str] = (),
     ) -> None:
-        self.columns = list(columns)
+        self.learned = learned
+        self.columns = list(learned.columns)
         self.covers = covers
         self.card = dict(card)
         self.seen = frozenset(seen)
-        self._boosters = dict(trained)
 
     @staticmethod
-    def train(data: Dataset, card: Mapping[str, Any] | None = None) -> LatencyModel:
-        """Learn from records. Raises CostModelError if they are too few or of several targets."""
-        if len(data) < LEAST:
+    def train(
+        data: Dataset,
+        card: Mapping[str, Any] | None = None,
+        *,
+        groups: NDArray[np.str_] | None = None,
+        base: LatencyModel | None = None,
+    ) -> LatencyModel:
+        """Learn from records; `groups` are the names of their networks, where they are known.
+
+        With `base`, the model of another target, few records change what that has learned.
+        Raises CostModelError if they are too few or of several targets.
+        """
+        if len(data) < least(base):
             raise CostModelError(
-                f"{len(data)} usable records are too few to learn from, {LEAST} are the least and "
+                f"{len(data)} usable records are too few to learn from, {least(base)} are the "
+                "least and "
                 "thousands are needed for a good model: `topiarist model collect` measures them"
-            )
+                + ("; a hundred do with the model of another target (`--base`)" if base is None
+                   else "")
+            )  # fmt: skip
         covers = Covers.of(data.inputs)
-        columns = columns_of(data.rows)
-        matrix = table(data.rows, columns)
-        trained = _fit(matrix, columns, data)
-        trained["upper"] = _fit_upper(matrix, columns, data)
-        return LatencyModel(columns, trained, covers, card or {}, data.ids)
+        if base is not None:
+            covers = replace(covers, kernels={**base.covers.kernels, **covers.kernels})
+        columns = columns_of(data.rows) if base is None else base.columns
+        layers = np.array([layer_of(what) for what in data.inputs], np.str_)
+        rows = table(data.rows, columns)
+        times = Times(rows, columns, data.in_network, data.run_us, layers, groups)
+        learned = Regressions.fit(times, None if base is None else base.learned)
+        return LatencyModel(learned, covers, card or {}, data.ids)
+
+    def standing_for(self, target: TargetKey) -> LatencyModel:
+        """The same predictions for another device."""
+        covers = replace(self.covers, target=target)
+        return LatencyModel(self.learned, covers, self.card, self.seen)
 
     def has_seen(self, data: Dataset) -> NDArray[np.bool_]:
         """Which of the candidates the model was trained on."""
@@ -174,28 +175,18 @@ class LatencyModel:
 
         Raises CostModelError, naming it, for a candidate that the model does not cover.
         """
-        return self.predict_rows_us(self._rows(inputs), measured)
+        return self.learned.predict_us(self._rows(inputs), measured == "in network")
 
     def expected_and_upper_us(
         self, inputs: Sequence[MeasureInput], measured: Measured
     ) -> tuple[Floats, Floats]:
         """As `predict_us`, and what each takes at most in nine of ten cases, in microseconds."""
-        rows = self._rows(inputs)
-        expected = self.predict_rows_us(rows, measured)
-        places = _with_place(rows, np.full(len(rows), measured == "in network"))
-        return expected, expected * np.exp(self._predict("upper", places))
-
-    def predict_rows_us(self, rows: Rows, measured: Measured) -> Floats:
-        """As `predict_us`, of rows of `columns`."""
-        found = rows[:, self.columns.index(_CYCLES)].astype(np.float64)
-        found += self._predict("alone", rows)
-        if measured == "in network":
-            found += self._predict("in network", rows)
-        return np.exp(found)
+        rows, in_network = self._rows(inputs), measured == "in network"
+        return self.learned.predict_us(rows, in_network), self.learned.upper_us(rows, in_network)
 
     def contributions(self, what: MeasureInput, count: int) -> list[tuple[str, float]]:
-        """The features that move the prediction most, with the factor of each."""
-        shares = boosters.contributions(self._boosters["alone"], self._rows([what]))
+        """The features that correct the sum of costs most, with the factor of each."""
+        shares = boosters.contributions(self.learned.alone, self._rows([what]))
         order = np.argsort(-np.abs(shares), kind="stable")[:count]
         return [(self.columns[i], float(np.exp(shares[i]))) for i in order]
 
@@ -203,10 +194,6 @@ class LatencyModel:
         for what in inputs:
             self.covers.check(what)
         return table([features(what) for what in inputs], self.columns)
-
-    def _predict(self, name: str, rows: Rows) -> Floats:
-        booster = self._boosters.get(name)
-        return np.zeros(len(rows)) if booster is None else boosters.predict(booster, rows)
 
     def save(self, path: Path) -> None:
         """Write one JSON file. Raises OSError."""
@@ -217,8 +204,8 @@ class LatencyModel:
             "columns": self.columns,
             "covers": self.covers.to_json(),
             "card": self.card,
-            "boosters": {name: boosters.to_json(one) for name, one in self._boosters.items()},
             "seen": sorted(self.seen),
+            **self.learned.to_json(),
         }
         part = path.with_name(f".{path.name}.part")
         try:
@@ -255,18 +242,11 @@ class LatencyModel:
 def _from_json(document: dict[str, Any]) -> LatencyModel:
     """The inverse of `LatencyModel.save`. Raises KeyError, TypeError, ValueError and others."""
     columns = [str(name) for name in document["columns"]]
-    if _CYCLES not in columns or len({*columns}) < len(columns):
+    if len({*columns}) < len(columns):
         raise ValueError("its features make no sense")
-    places = len(columns) + 1
-    features_of = {"alone": len(columns), "in network": len(columns), "upper": places}
-    trained = {
-        name: boosters.from_json(value, features_of[name])
-        for name, value in document["boosters"].items()
-    }
-    if not {"alone", "upper"} <= trained.keys():
-        raise ValueError("it lacks a regression")
+    learned = Regressions.from_json(columns, document)
     covers, card = Covers.from_json(document["covers"]), document["card"]
-    return LatencyModel(columns, trained, covers, dict(card), map(str, document["seen"]))
+    return LatencyModel(learned, covers, dict(card), map(str, document["seen"]))
 
 
 @dataclass(frozen=True)
@@ -330,50 +310,3 @@ class Covers:
         """The inverse of `to_json`. Raises KeyError, TypeError or ValueError."""
         kernels = {str(name): int(version) for name, version in values["kernels"].items()}
         return Covers(TargetKey(**values["target"]), str(values["tvm"]), kernels)
-
-
-def _fit(matrix: Rows, columns: Sequence[str], data: Dataset) -> dict[str, Booster]:
-    """The regressions of the time alone and of what a network adds.
-
-    Where nothing was timed alone, the first learns from times in networks.
-    """
-    scale = matrix[:, columns.index(_CYCLES)].astype(np.float64)
-    labels = np.log(data.run_us) - scale
-    alone = ~data.in_network if not data.in_network.all() else data.in_network
-    alone_booster = boosters.fit(_ALONE, matrix[alone], labels[alone], ROUNDS["alone"])
-    if alone.all():
-        return {"alone": alone_booster}
-    rest = matrix[~alone]
-    added = labels[~alone] - boosters.predict(alone_booster, rest)
-    in_network = boosters.fit(_IN_NETWORK, rest, added, ROUNDS["in network"])
-    return {"alone": alone_booster, "in network": in_network}
-
-
-def _fit_upper(matrix: Rows, columns: Sequence[str], data: Dataset) -> Booster:
-    """How far times exceed predictions by models that have not seen the layer."""
-    fold = _folds(data)
-    errors = np.full(len(data), np.nan)
-    for k in range(FOLDS):
-        test = fold == k
-        if not test.any() or len(data) - test.sum() < LEAST // 2:
-            continue
-        seen = data.where(~test)
-        part = LatencyModel(columns, _fit(matrix[~test], columns, seen), Covers.of(seen.inputs), {})
-        for in_network in (False, True):
-            at = test & (data.in_network == in_network)
-            measured: Measured = "in network" if in_network else "alone"
-            errors[at] = np.log(data.run_us[at] / part.predict_rows_us(matrix[at], measured))
-    known = ~np.isnan(errors)
-    rows = _with_place(matrix, data.in_network)[known]
-    return boosters.fit(_UPPER, rows, errors[known], ROUNDS["upper"])
-
-
-def _folds(data: Dataset) -> NDArray[np.int_]:
-    """Parts that share no layer; where there are too few layers, any parts."""
-    _, layers = np.unique([layer_of(what) for what in data.inputs], return_inverse=True)
-    return (layers if layers.max() >= FOLDS - 1 else np.arange(len(data))) % FOLDS
-
-
-def _with_place(rows: Rows, in_network: NDArray[np.bool_]) -> Rows:
-    """With a column more: how far times scatter depends on where they were taken."""
-    return np.column_stack([rows, in_network.astype(np.float32)])

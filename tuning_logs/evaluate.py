@@ -16,7 +16,7 @@ from scipy.spatial import KDTree
 from scipy.stats import kendalltau, spearmanr
 
 from topiarist.tuning_logs.boosters import Floats
-from topiarist.tuning_logs.cost_model import LEAST, Dataset, LatencyModel, layer_of
+from topiarist.tuning_logs.cost_model import Dataset, LatencyModel, layer_of, least
 from topiarist.tuning_logs.features import columns_of, table
 from topiarist.tuning_logs.record import Measured
 from topiarist.tuning_logs.roofline import LayerWork
@@ -34,7 +34,8 @@ Predict = Callable[[Dataset], Floats]  # microseconds of each candidate
 class Scores:
     """Errors relative to the measured time; `pairwise`: share of pairs in the right order.
 
-    Pairs of one prediction count half. NaN where there is nothing to compare.
+    Pairs of one prediction count half. `total` is the error of the sum of all times. NaN where
+    there is nothing to compare.
     """
 
     records: int
@@ -43,12 +44,13 @@ class Scores:
     within_10: float
     spearman: float
     pairwise: float
+    total: float
 
     @staticmethod
     def of(predicted: Floats, measured: Floats) -> Scores:
         """Of two lists of times."""
         if not len(measured):
-            return Scores(0, *[math.nan] * 5)
+            return Scores(0, *[math.nan] * 6)
         errors = np.abs(predicted / measured - 1)
         ranks = len({*predicted.tolist()}) > 1 and len({*measured.tolist()}) > 1
         return Scores(
@@ -58,6 +60,7 @@ class Scores:
             within_10=float((errors <= WITHIN).mean()),
             spearman=float(spearmanr(predicted, measured)[0]) if ranks else math.nan,
             pairwise=_in_order(predicted, measured) if ranks else math.nan,
+            total=float(predicted.sum() / measured.sum() - 1),
         )
 
 
@@ -99,9 +102,16 @@ class Evaluation:
         }
 
 
-def evaluate(train: Dataset, test: Dataset, sparse: frozenset[str]) -> dict[Measured, Evaluation]:
-    """Train on one part and look at the other. Raises CostModelError."""
-    return evaluate_model(LatencyModel.train(train), train, test, sparse)
+def evaluate(
+    train: Dataset,
+    test: Dataset,
+    sparse: frozenset[str],
+    groups: NDArray[np.str_] | None = None,
+    base: LatencyModel | None = None,
+) -> dict[Measured, Evaluation]:
+    """Train on one part, of these networks, and look at the other. Raises CostModelError."""
+    model = LatencyModel.train(train, groups=groups, base=base)
+    return evaluate_model(model, train, test, sparse)
 
 
 def evaluate_model(
@@ -116,17 +126,24 @@ def evaluate_model(
 
 
 def cross_validated(
-    data: Dataset, sparse: frozenset[str], seed: int = 0
+    data: Dataset,
+    groups: NDArray[np.str_],
+    sparse: frozenset[str],
+    base: LatencyModel | None = None,
 ) -> dict[Measured, Evaluation]:
     """In the distribution: a random fifth of the records is held out. Raises CostModelError."""
-    order = np.random.default_rng(seed).permutation(len(data))
+    order = np.random.default_rng(0).permutation(len(data))
     held_out = np.zeros(len(data), np.bool_)
     held_out[order[: len(data) // FOLDS]] = True
-    return evaluate(data.where(~held_out), data.where(held_out), sparse)
+    seen = data.where(~held_out)
+    return evaluate(seen, data.where(held_out), sparse, groups[~held_out], base)
 
 
 def leave_one_out(
-    data: Dataset, groups: NDArray[np.str_], sparse: frozenset[str]
+    data: Dataset,
+    groups: NDArray[np.str_],
+    sparse: frozenset[str],
+    base: LatencyModel | None = None,
 ) -> Iterator[tuple[str, dict[Measured, Evaluation]]]:
     """For each group, a network's records, train on the others without any layer of that group.
 
@@ -137,8 +154,9 @@ def leave_one_out(
     for name in sorted({*groups.tolist()}):
         test = groups == name
         others = ~test & ~np.isin(layers, np.unique(layers[test]))
-        if others.sum() >= LEAST:
-            yield name, evaluate(data.where(others), data.where(test), sparse)
+        if others.sum() >= least(base):
+            found = evaluate(data.where(others), data.where(test), sparse, groups[others], base)
+            yield name, found
 
 
 def _evaluations(
@@ -170,7 +188,9 @@ def flop_baseline(train: Dataset) -> Predict:
         layers = [LayerWork.of(what) for what in data.inputs]
         return np.array(
             [
-                row["log_cycles"] if layer is None else math.log(max(layer.nonzero_flops, 1.0))
+                row.get("log_bytes_moved", 0.0)
+                if layer is None
+                else math.log(max(layer.nonzero_flops, 1.0))
                 for row, layer in zip(data.rows, layers, strict=True)
             ]
         )

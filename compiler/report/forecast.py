@@ -10,9 +10,9 @@ import numpy as np
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
 from topiarist.compiler.graph import Conv, Graph, Linear
-from topiarist.compiler.latency import open_source
 from topiarist.compiler.layouts import LayoutPlan
 from topiarist.compiler.manifest import Manifest
+from topiarist.compiler.model_files import open_source
 from topiarist.compiler.prices import Prices, all_prices
 from topiarist.compiler.recorded import Device
 from topiarist.compiler.report.inputs import Curve, Point, Predictions

@@ -19,14 +19,14 @@ from tests.compiler.test_latency import (
     stated,
 )
 from topiarist.compiler import collect as collecting
-from topiarist.compiler import latency
+from topiarist.compiler import model_files
 from topiarist.compiler.cli import app
-from topiarist.compiler.latency import default_model
+from topiarist.compiler.model_files import default_model
 from topiarist.compiler.recorded import Device
 from topiarist.compiler.worker import Batch, Layer, Outcome, Variant, Worker
 from topiarist.targets import registry
 from topiarist.targets.spec import TargetSpec
-from topiarist.tuning_logs import cost_model, sources
+from topiarist.tuning_logs import regressions, sources
 from topiarist.tuning_logs.store import TuningLog
 
 __all__ = ["network", "stated"]  # fixtures
@@ -58,9 +58,9 @@ def assert_error(result: Result, exit_code: int, *parts: str) -> None:
 @pytest.fixture(autouse=True)
 def _quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Few trees, and a folder of its own."""
-    for name in cost_model.ROUNDS:
-        monkeypatch.setitem(cost_model.ROUNDS, name, 5)
-    for module in (latency, sources):
+    for name in regressions.ROUNDS:
+        monkeypatch.setitem(regressions.ROUNDS, name, 5)
+    for module in (model_files, sources):
         monkeypatch.setattr(module, "user_folder", lambda: tmp_path / "user")
     yield
 

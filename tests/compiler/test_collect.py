@@ -20,7 +20,7 @@ from topiarist.compiler.trial import Seconds, Trial
 from topiarist.compiler.worker import Batch, Layer, Outcome, Variant, Worker
 from topiarist.errors import ModelError
 from topiarist.targets import registry
-from topiarist.tuning_logs import cost_model
+from topiarist.tuning_logs import cost_model, regressions
 from topiarist.tuning_logs.record import TuningRecord
 from topiarist.tuning_logs.sources import TuningLogs
 from topiarist.tuning_logs.store import TuningLog
@@ -204,8 +204,8 @@ def test_every_third_draw_is_timed_as_a_network(model: Path, tmp_path: Path) -> 
 def test_what_the_model_gets_wrong_is_drawn_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in cost_model.ROUNDS:
-        monkeypatch.setitem(cost_model.ROUNDS, name, 10)
+    for name in regressions.ROUNDS:
+        monkeypatch.setitem(regressions.ROUNDS, name, 10)
     for name, value in (("LEAST_TO_TRAIN", 100), ("RETRAIN_EVERY", 1), ("REDRAWS", 2)):
         monkeypatch.setattr(collecting, name, value)
     asked = []

@@ -30,7 +30,8 @@ from topiarist.pruning.one_shot import prune_model
 from topiarist.targets import registry
 from topiarist.tuning_logs.boosters import Floats
 from topiarist.tuning_logs.cost_model import Dataset, LatencyModel
-from topiarist.tuning_logs.features import features
+from topiarist.tuning_logs.costs import Costs
+from topiarist.tuning_logs.features import columns_of, features, table
 from topiarist.tuning_logs.record import MeasureInput
 
 NAMES = ["one", "two", "three", "fc"]
@@ -75,17 +76,15 @@ def measured(bundle: Path) -> Manifest:
 
 @pytest.fixture(scope="module")
 def latency_model(bundle: Path, model: Path) -> Path:
-    """Trained on all candidates, as if a cycle took a nanosecond."""
+    """Trained on all candidates, as if rough costs were true."""
     manifest, seen = read_manifest(bundle), Seen()
     graph = simplify(extract_layers(import_model(model)))
     for prices in all_prices(graph, Device.named(manifest.target, 1), 1, seen):
         prices.prices([(name, None) for name in prices.layers])
-    data = Dataset(
-        tuple(seen.whats),
-        tuple(map(features, seen.whats)),
-        np.zeros(len(seen.whats), np.bool_),
-        np.array([np.exp(features(what)["log_cycles"]) / 1000 for what in seen.whats]),
-    )
+    rows = tuple(map(features, seen.whats))
+    columns = columns_of(rows)
+    times = Costs.rough().predict_us(table(rows, columns), columns)
+    data = Dataset(tuple(seen.whats), rows, np.zeros(len(rows), np.bool_), times)
     path = model.with_name("latency.json")
     LatencyModel.train(data, {"records": len(data)}).save(path)
     return path

@@ -12,17 +12,19 @@ import onnx
 import pytest
 
 from tests.models import Net
-from topiarist.compiler import latency
+from topiarist.compiler import model_files
 from topiarist.compiler.latency import (
     card_of,
-    default_model,
     evaluate_unseen,
     evaluations,
     explain_network,
-    open_model,
-    open_source,
     predict_network,
     read_logs,
+)
+from topiarist.compiler.model_files import (
+    default_model,
+    open_model,
+    open_source,
     users_predictor,
 )
 from topiarist.compiler.prices import Analytic, Learned
@@ -33,7 +35,7 @@ from topiarist.schedules.kernels import conv_kernel
 from topiarist.schedules.workload import ConvWorkload, SparsitySignature
 from topiarist.targets import registry
 from topiarist.targets.spec import TargetSpec
-from topiarist.tuning_logs import cost_model
+from topiarist.tuning_logs import regressions
 from topiarist.tuning_logs.cost_model import Dataset, LatencyModel
 from topiarist.tuning_logs.record import MeasureInput, TuningRecord
 from topiarist.tuning_logs.store import TuningLog
@@ -44,13 +46,13 @@ HOST = registry.get("host")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few trees: what is looked at is not how good they are."""
-    for name in cost_model.ROUNDS:
-        monkeypatch.setitem(cost_model.ROUNDS, name, 5)
+    for name in regressions.ROUNDS:
+        monkeypatch.setitem(regressions.ROUNDS, name, 5)
 
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(latency, "user_folder", lambda: tmp_path / "user")
+    monkeypatch.setattr(model_files, "user_folder", lambda: tmp_path / "user")
     (tmp_path / "user").mkdir()
     yield
 
@@ -252,6 +254,28 @@ def test_what_prices_layers(tmp_path: Path, model: LatencyModel, stated: TargetS
         open_source(stated, 1, tmp_path / "none.json")
 
 
+def test_the_model_that_comes_with_the_package(
+    tmp_path: Path, model: LatencyModel, stated: TargetSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = Device.here(HOST, 1).key
+    monkeypatch.setattr(model_files, "SHIPPED", tmp_path)
+    folder = tmp_path / f"{key.family}-{key.isa}"
+    folder.mkdir()
+    model.save(folder / model_files.SHIPPED_FILE)
+    source = open_source(stated, 1, None)
+    assert isinstance(source.pricer, Learned) and "comes with topiarist" in source.name
+    assert "better" not in source.name
+    assert open_model(None, key).covers == model.covers
+    assert isinstance(open_source(stated, 2, None).pricer, Analytic)
+    model.standing_for(replace(key, device_model="Another")).save(folder / "latency_model.json")
+    source = open_source(stated, 1, None)
+    assert isinstance(source.pricer, Learned) and "; not of " in source.name
+    monkeypatch.setattr(model_files, "is_current_kernel", lambda name, version: False)
+    assert isinstance(open_source(stated, 1, None).pricer, Analytic)
+    (folder / model_files.SHIPPED_FILE).write_text("{")
+    assert isinstance(open_source(stated, 1, None).pricer, Analytic)
+
+
 def test_a_broken_model_of_the_user_is_named(stated: TargetSpec) -> None:
     default_model(Device.here(HOST, 1).key).write_text("{")
     with pytest.raises(CostModelError, match=r"latency\.json is no latency model"):
@@ -261,7 +285,7 @@ def test_a_broken_model_of_the_user_is_named(stated: TargetSpec) -> None:
 def test_a_target_that_this_machine_can_not_run(
     stated: TargetSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency, "runs_here", lambda spec: "it lacks something")
+    monkeypatch.setattr(model_files, "runs_here", lambda spec: "it lacks something")
     foreign = replace(stated, peak_gflops=None)
     with pytest.raises(CostModelError, match=r"Measure on the device.*name the model"):
         open_source(foreign, 1, None)

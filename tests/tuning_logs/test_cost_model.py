@@ -20,11 +20,11 @@ from tests.tuning_logs.invented import (
     true_us,
 )
 from topiarist.errors import CostModelError
-from topiarist.tuning_logs import cost_model
+from topiarist.tuning_logs import regressions
 from topiarist.tuning_logs.boosters import Floats
 from topiarist.tuning_logs.cost_model import LEAST, Covers, Dataset, LatencyModel, layer_of
 from topiarist.tuning_logs.evaluate import flop_baseline, nearest_baseline
-from topiarist.tuning_logs.features import features
+from topiarist.tuning_logs.features import features, table
 from topiarist.tuning_logs.record import Measured, MeasureInput, TuningRecord
 
 Edit = Callable[[dict[str, Any]], object]
@@ -44,8 +44,8 @@ def model(data: Dataset) -> LatencyModel:
 def small() -> LatencyModel:
     """Of few trees: quick to write and to break."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in cost_model.ROUNDS:
-            patch.setitem(cost_model.ROUNDS, name, 4)
+        for name in regressions.ROUNDS:
+            patch.setitem(regressions.ROUNDS, name, 4)
         return LatencyModel.train(Dataset.of(records(150)), {"note": "few trees"})
 
 
@@ -127,7 +127,7 @@ def test_training_is_deterministic(data: Dataset, tmp_path: Path) -> None:
     part = data.where(np.arange(len(data)) < 150)
     for path in paths:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(cost_model.ROUNDS, "alone", 4)
+            patch.setitem(regressions.ROUNDS, "alone", 4)
             LatencyModel.train(part).save(path)
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
@@ -139,7 +139,8 @@ def test_contributions_multiply_to_the_correction(model: LatencyModel) -> None:
     assert sizes == sorted(sizes, reverse=True)
     other = make_what(density=0.4)
     ratio = model.predict_us([other], "alone") / model.predict_us([what], "alone")
-    scale = np.exp(features(other)["log_cycles"] - features(what)["log_cycles"])
+    rows = table([features(each) for each in (what, other)], model.columns)
+    scale = np.divide(*model.learned.costs.predict_us(rows, model.columns)[::-1])
     found = np.prod([f for _, f in model.contributions(other, 999)]) / np.prod(
         [factor for _, factor in factors]
     )
@@ -198,6 +199,43 @@ def test_too_few_records() -> None:
             LatencyModel.train(Dataset.of(records(count)))
 
 
+def test_few_records_adapt_the_model_of_another_target(model: LatencyModel) -> None:
+    """A device three times as slow, with an instruction set that the model does not know."""
+
+    def there(what: MeasureInput) -> MeasureInput:
+        target = replace(what.target, isa="neon", family="arm", device_model="Board")
+        return replace(what, target=target)
+
+    found = [
+        TuningRecord(there(record.input), tuple(3.0 * s for s in record.seconds))
+        for record in records(30, seed=4)
+    ]
+    adapted = LatencyModel.train(Dataset.of(found), base=model)
+    test = Dataset.of(records(200, seed=5, noise=False))
+    whats = [there(what) for what in test.inputs]
+    errors = np.abs(adapted.predict_us(whats, "alone") / (3.0 * test.run_us) - 1)
+    assert np.median(errors) < 0.08
+    assert adapted.covers.target.family == "arm"
+    assert adapted.covers.kernels.keys() >= model.covers.kernels.keys()
+    assert (upper_us(adapted, whats, "in network") > 0).all()
+    with pytest.raises(CostModelError, match=r"19 usable records.* 20 are the least"):
+        LatencyModel.train(Dataset.of(found[:19]), base=model)
+
+
+def test_the_upper_quantile_holds_in_networks_that_were_left_out() -> None:
+    """Networks that are slower than others as a whole: their bias counts, not just the scatter."""
+    found, groups = [], []
+    for i, factor in enumerate((0.8, 0.9, 1.0, 1.1, 1.25)):
+        for record in records(120, seed=20 + i):
+            found.append(TuningRecord(record.input, tuple(factor * s for s in record.seconds)))
+            groups.append(f"net {i}")
+    data = Dataset.of(found)
+    model = LatencyModel.train(data, groups=np.array(groups[: len(data)]))
+    unseen = Dataset.of(records(200, seed=30))
+    times = unseen.run_us * 1.1
+    assert float((times <= upper_us(model, unseen.inputs, "alone")).mean()) > 0.85
+
+
 def test_records_that_do_not_go_together_are_named() -> None:
     what = make_what()
     with pytest.raises(CostModelError, match=r"targets x86/avx2/8/.*1 thread, .*2 threads.*choose"):
@@ -251,7 +289,7 @@ def test_the_file_is_plain_json(saved: Path) -> None:
 
 
 def test_a_card_that_is_no_json_writes_nothing(tmp_path: Path, small: LatencyModel) -> None:
-    small_card = LatencyModel(small.columns, {}, small.covers, {"x": float("nan")})
+    small_card = LatencyModel(small.learned, small.covers, {"x": float("nan")})
     with pytest.raises(ValueError):
         small_card.save(tmp_path / "model.json")
     assert not [*tmp_path.iterdir()]
@@ -284,7 +322,9 @@ def test_a_model_of_another_version(saved: Path) -> None:
             LatencyModel.load(saved)
 
 
-@pytest.mark.parametrize("name", ["columns", "covers", "card", "boosters", "seen"])
+@pytest.mark.parametrize(
+    "name", ["columns", "covers", "card", "boosters", "costs", "margins", "seen"]
+)
 def test_a_model_without_a_part(saved: Path, name: str) -> None:
     edit(saved, lambda document: document.pop(name))
     with pytest.raises(CostModelError, match=rf"is broken, it lacks '{name}'; train it again"):
@@ -320,6 +360,11 @@ HOSTILE: dict[str, Edit] = {
     ),
     "a regression too many": lambda d: d["boosters"].update(more=d["boosters"]["alone"]),
     "no upper quantile": lambda d: d["boosters"].pop("upper"),
+    "a negative cost": lambda d: d["costs"]["direct_sparse"].update(calls=-1),
+    "a cost of words": lambda d: d["costs"].update(direct_sparse="low"),
+    "no costs of the rest": lambda d: d["costs"].pop(""),
+    "an infinite margin": lambda d: d.update(margins=[0, float("inf")]),
+    "a margin too many": lambda d: d.update(margins=[0, 0, 0]),
     "a list of regressions": lambda d: d.update(boosters=[]),
     "a target of words": lambda d: d["covers"].update(target={"family": "x86"}),
     "a version of words": lambda d: d["covers"].update(kernels={"direct_sparse": "new"}),

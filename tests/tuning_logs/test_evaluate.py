@@ -14,7 +14,7 @@ import pytest
 
 from tests.tuning_logs.conftest import make_record
 from tests.tuning_logs.invented import SPARSE, make_what, records
-from topiarist.tuning_logs import cost_model, evaluate
+from topiarist.tuning_logs import evaluate, regressions
 from topiarist.tuning_logs.cost_model import LEAST, Dataset, LatencyModel, layer_of
 from topiarist.tuning_logs.evaluate import (
     Scores,
@@ -31,8 +31,8 @@ from topiarist.tuning_logs.record import TuningRecord
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few trees: what is looked at is not how good they are."""
-    for name in cost_model.ROUNDS:
-        monkeypatch.setitem(cost_model.ROUNDS, name, 5)
+    for name in regressions.ROUNDS:
+        monkeypatch.setitem(regressions.ROUNDS, name, 5)
 
 
 def array(*values: float) -> Any:
@@ -143,10 +143,10 @@ def test_baselines_without_records_know_nothing() -> None:
 @pytest.mark.usefixtures("quick")
 def test_an_evaluation_in_both_places_is_plain_json() -> None:
     data = Dataset.of([*records(250), *records(60, seed=1, measured="in network")])
-    found = cross_validated(data, SPARSE)
+    found = cross_validated(data, np.full(len(data), "a"), SPARSE)
     assert {*found} == {"alone", "in network"}
     assert sum(e.model.records for e in found.values()) == len(data) // 5
-    again = cross_validated(data, SPARSE)
+    again = cross_validated(data, np.full(len(data), "a"), SPARSE)
     assert {m: e.to_json() for m, e in again.items()} == {m: e.to_json() for m, e in found.items()}
     text = json.dumps(found["alone"].to_json(), allow_nan=False)
     assert json.loads(text)["decisions"]["top_8"] is None
@@ -167,7 +167,7 @@ def test_a_network_is_left_out_with_all_layers_like_its_own(
 ) -> None:
     splits = []
 
-    def remember(train: Dataset, test: Dataset, sparse: frozenset[str]) -> dict[str, Any]:
+    def remember(train: Dataset, test: Dataset, *_: Any) -> dict[str, Any]:
         splits.append((train, test))
         return {}
 

@@ -59,7 +59,7 @@ def test_zeros_count_where_they_are_skipped(record: MakeRecord) -> None:
     for kernel in ("direct_dense", "winograd_dense", "depthwise"):
         assert features(make_what(kernel, density=0.1)) == features(make_what(kernel, density=0.9))
     few, many = (features(make_what(density=density)) for density in (0.1, 0.4))
-    names = ("log_loads", "log_weight_bytes", "log_cycles", "log_nonzeros")
+    names = ("log_loads", "log_weight_bytes", "log_busy", "log_nonzeros")
     assert all(few[name] < many[name] for name in names)
     assert few["log_macs"] == many["log_macs"]
 
@@ -100,5 +100,5 @@ def test_numbers_that_make_no_sense_stay_finite(record: MakeRecord) -> None:
     rows = [features(what) for what in strange]
     values = table(rows, columns_of(rows))
     assert not np.isinf(values).any()
-    at = columns_of(rows).index("log_cycles")
+    at = columns_of(rows).index("log_bytes_moved")
     assert np.isfinite(values[:, at]).all()
