@@ -83,10 +83,15 @@ class Times:
             groups,
         )
 
+    @property
+    def of_networks(self) -> bool:
+        """Whether there are networks enough to leave them out in turns."""
+        return self.groups is not None and len(np.unique(self.groups)) >= GROUPS
+
     def folds(self) -> Iterator[NDArray[np.bool_]]:
         """Parts to hold out: networks, or thirds of the layers, or of the records if need be."""
-        if self.groups is not None and len(names := np.unique(self.groups)) >= GROUPS:
-            yield from (self.groups == name for name in names)
+        if self.groups is not None and self.of_networks:
+            yield from (self.groups == name for name in np.unique(self.groups))
             return
         _, layers = np.unique(self.layers, return_inverse=True)
         each = layers if layers.max() >= FOLDS - 1 else np.arange(len(self.run_us))
@@ -200,6 +205,8 @@ def _fit_upper(data: Times, base: Regressions | None) -> tuple[Booster, tuple[fl
         others = fold != k if (fold != k).any() else fold == k
         part = boosters.fit(_UPPER, rows[others], errors[others], ROUNDS["upper"])
         above[fold == k] = errors[fold == k] - boosters.predict(part, rows[fold == k])
+    if not data.of_networks:  # thirds are no networks: they have no bias of their own
+        fold = np.zeros_like(fold)
     alone, added = (_margin(above[at], fold[at]) for at in (~in_network, in_network))
     return boosters.fit(_UPPER, rows, errors, ROUNDS["upper"]), (alone, added)
 

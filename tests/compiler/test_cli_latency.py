@@ -127,6 +127,17 @@ def test_few_records_are_trained_without_errors(tmp_path: Path) -> None:
     assert result.exit_code == 0 and "too few records to hold any out" in result.stdout
 
 
+def test_few_records_are_enough_with_the_model_of_another_target(
+    model: Path, tmp_path: Path
+) -> None:
+    few = make_log(tmp_path / "few.jsonl", *[make_record(i, threads=2) for i in range(40)])
+    output = tmp_path / "adapted.json"
+    card = call_json("train", few, "--base", model, "-o", output)["card"]
+    assert "1 thread" in card["base"] and "2 threads" in card["target"]
+    assert card["errors"]["a fifth"]["alone"]["model"]["records"] == 8
+    assert_error(call("train", few, "-o", output), 2, "40 usable records are too few", "--base")
+
+
 def test_train_from_what_will_not_do(log: Path, tmp_path: Path) -> None:
     output = ("-o", tmp_path / "m.json")
     few = make_log(tmp_path / "few.jsonl", make_record(1))

@@ -235,6 +235,7 @@ def test_records_of_old_kernels_do_no_harm(model: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collecting, "LEAST_TO_TRAIN", 10)
         patch.setattr(cost_model, "LEAST", 10)
+        patch.setattr(regressions, "FEWEST", 4)
         run(log, Invented(), 3.0, [model])
     assert len(read(log)) > before
 

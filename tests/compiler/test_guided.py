@@ -19,7 +19,7 @@ from topiarist.compiler import guided
 from topiarist.compiler.cli import app
 from topiarist.compiler.compiled import LayerChoice, OtherWork
 from topiarist.compiler.guided import Goal, GuidedPruner
-from topiarist.compiler.latency import Source
+from topiarist.compiler.model_files import Source
 from topiarist.compiler.report.inputs import read_sweep
 from topiarist.errors import BudgetError
 from topiarist.pruning.calibration import Images, check_images
