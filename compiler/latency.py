@@ -207,7 +207,7 @@ def predict_network(
     model: Path, target: TargetSpec, threads: int = 1, latency_model: Path | None = None
 ) -> Prediction:
     """What each layer of an ONNX file takes, predicted. Raises ModelError, CostModelError."""
-    source = open_source(target, threads, latency_model)
+    source = open_source(target, threads, latency_model, Device.of(target, threads))
     graph = _graph(model)
     prices = open_prices(graph, target, threads, source.pricer)[0]
     layers = []

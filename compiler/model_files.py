@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from topiarist.compiler.choose import Predictor
 from topiarist.compiler.prices import Analytic, Learned, Pricer
 from topiarist.compiler.recorded import Device, is_current_kernel
 from topiarist.compiler.roofline import with_roofline
@@ -41,11 +40,11 @@ def shipped_model(target: TargetKey) -> LatencyModel | None:
     except CostModelError:  # made for other features: nobody's fault but ours
         return None
     same = replace(target, device_model=model.covers.target.device_model)
-    fits = model.covers.target == same and _is_current(model.covers)
+    fits = model.covers.target == same and holds_today(model.covers)
     return model if fits else None
 
 
-def _is_current(covers: Covers) -> bool:
+def holds_today(covers: Covers) -> bool:
     """Whether today's kernels and TVM would still take the same time."""
     same_code = all(is_current_kernel(*kernel) for kernel in covers.kernels.items())
     return same_code and covers.tvm == versions()["apache-tvm"]
@@ -58,22 +57,6 @@ def open_model(path: Path | None, target: TargetKey) -> LatencyModel:
         if found is not None:
             return found.standing_for(target)
     return LatencyModel.load(default_model(target) if path is None else path)
-
-
-def users_predictor(target: TargetSpec, threads: int) -> Predictor | None:
-    """The user's latency model of the target, to choose kernels by where they can't be timed.
-
-    None where there is none, or it is of another device, TVM or version of a kernel.
-    """
-    named = Device.named(target, threads)
-    file = default_model(named.key)
-    if not file.exists():
-        return None
-    model = LatencyModel.load(file)
-    same_device = model.covers.target.device_model == named.key.device_model
-    if not same_device or not _is_current(model.covers):
-        return None
-    return Predictor(replace(named, key=model.covers.target), Learned(model))
 
 
 @dataclass(frozen=True)
@@ -89,12 +72,11 @@ def open_source(
 ) -> Source:
     """The named model; without a name the user's or the package's if it fits; else the formula.
 
-    `device` is the one whose times count; if it is left out this machine, or the target's where
-    this machine can't run its code. The formula needs the machine's peak and bandwidth, stated by
-    the target or measured here.
+    `device` is the one whose times count, this machine if it is left out. The formula needs the
+    machine's peak and bandwidth, stated by the target or measured here.
     Raises CostModelError if a named model covers another target, or none of these will do.
     """
-    key = (device or Device.of(target, threads)).key
+    key = (device or Device.here(target, threads)).key
     file = default_model(key) if path is None else path
     if path is not None or file.exists():
         model = LatencyModel.load(file)
