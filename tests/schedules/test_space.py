@@ -21,7 +21,7 @@ from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets import registry
 from topiarist.targets.spec import TargetSpec
 
-NAMES = ("x86-sse4", "x86-avx2", "x86-avx512")
+NAMES = ("x86-sse4", "x86-avx2", "x86-avx512", "rpi4", "armv7")
 SPECS = [pytest.param(registry.get(name), id=name) for name in NAMES]
 SPACES = ("sparse", "block", "dense")
 
