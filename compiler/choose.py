@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +22,7 @@ from topiarist.compiler.layouts import LayoutPlan, LayoutPlanner, Place
 from topiarist.compiler.measure import Timer
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Ref
-from topiarist.compiler.recorded import Device, Recorded, strip
+from topiarist.compiler.recorded import Recorded, strip
 from topiarist.errors import BuildError, MissingRecordsError, TopiaristError
 from topiarist.pruning.patterns import find_pattern
 from topiarist.schedules.cpu import linear, relayout
@@ -32,10 +32,10 @@ from topiarist.schedules.kernels import CONV_KERNELS
 from topiarist.schedules.layout import PlainLayout, View
 from topiarist.schedules.workload import ConvWorkload, signature
 from topiarist.targets.spec import TargetSpec
-from topiarist.tuning_logs.record import Measured, MeasureInput, TuningRecord, typical_us
+from topiarist.tuning_logs.record import Measured, TuningRecord, typical_us
 
 if TYPE_CHECKING:
-    from topiarist.compiler.prices import Pricer
+    from topiarist.compiler.predictor import Predictor
 
 Progress = Callable[[str, int, int], None]
 Mode = Literal["estimate", "measure", "finalists", "strict"]
@@ -114,18 +114,6 @@ class Plan:
     def settled(self) -> bool:
         """Whether all kernels were chosen in earlier trials."""
         return all(choice.settled for choice in self.choices.values())
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """A latency model of a device: it stands in for the clock."""
-
-    device: Device
-    pricer: Pricer
-
-    def run_us(self, whats: Sequence[MeasureInput]) -> list[float]:
-        """Expected microseconds of candidates."""
-        return [float(us) for us in self.pricer.prices_us(whats)[0]] if whats else []
 
 
 def workload_of(node: Conv, graph: Graph) -> ConvWorkload:

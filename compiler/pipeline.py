@@ -15,11 +15,11 @@ from topiarist.compiler.compiled import CompiledModel, TensorSignature
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
 from topiarist.compiler.graph import Graph
-from topiarist.compiler.latency import users_predictor
 from topiarist.compiler.layer_choices import layer_choices, other_work
 from topiarist.compiler.lower import lower
 from topiarist.compiler.memory import MemoryPlan, plan_memory
 from topiarist.compiler.parts import Parts
+from topiarist.compiler.predictor import users_predictor
 from topiarist.compiler.program import Program
 from topiarist.compiler.recorded import Device, Recorded
 from topiarist.compiler.roofline import with_roofline
@@ -58,17 +58,18 @@ def compile_model(
 ) -> CompiledModel:
     """Compile an ONNX file for a target, and write the bundle where `output` says.
 
+    `measure` times kernels on this machine, by default if it runs the target's code; otherwise the
+    logs decide where they know all layers, and what they lack is predicted by the user's latency
+    model of the target, or else estimated. `link` is about linking for another machine.
+
     `batch` overrides the model's batch size; `dense` leaves the sparse kernels out, which is what
     a sparse build is compared with. `max_error` bounds the error, relative to the largest output,
-    that Winograd kernels may add; 0 leaves them out. `measure` times kernels on this machine, by
-    default if it runs the target's code; otherwise the logs decide where they know all layers, and
-    what they don't is predicted by the user's latency model of the target, or else estimated.
-    `log` is a tuning log or a folder of them, asked before the logs that come with the package;
-    what is timed is added to it, unless `add_to_log` is False. `strict` takes every time from the
-    logs: nothing is measured, and the same model and logs give the same bundle. `link` is about
-    linking for another machine. `parts` of an earlier compilation for this target and number of
-    threads spare making the same machine code again. `progress(stage, done, total)` is called
-    along the way.
+    that Winograd kernels may add; 0 leaves them out. `log` is a tuning log or a folder of them,
+    asked before the logs that come with the package; what is timed is added to it, unless
+    `add_to_log` is False. `strict` takes every time from the logs: nothing is measured, and the
+    same model and logs give the same bundle. `parts` of an earlier compilation for this target and
+    number of threads spare making the same machine code again. `progress(stage, done, total)` is
+    called along the way.
     Raises ModelError, TargetError, OutputError, BuildError, TuningLogError or, if `strict`,
     MissingRecordsError, each saying what to do.
     """

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from topiarist.compiler.choose import MAX_ERROR, Chooser, Mode, Predictor
+from topiarist.compiler.choose import MAX_ERROR, Chooser, Mode
 from topiarist.compiler.graph import Conv, FloatArray, Graph, Value
 from topiarist.compiler.measure import Timer
 from topiarist.compiler.parts import Parts
+from topiarist.compiler.predictor import Predictor
 from topiarist.compiler.recorded import Device, Recorded
 from topiarist.errors import MissingRecordsError
 from topiarist.schedules.kernels import conv_kernel
