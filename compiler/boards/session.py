@@ -136,8 +136,11 @@ class Session:
         try:
             module[name](*args)
         except _ERRORS as error:
-            self._check_alive(error)
-            raise
+            if self.is_alive():
+                raise  # the function's own
+            raise BoardError(
+                f"the board at {self.address} ended the session: {last_line(error)}"
+            ) from error
 
     def seconds(self, function: Any, arguments: Arguments, number: int) -> float:
         """By TVM's evaluator on the board, each call by itself where constants are flushed."""
@@ -178,14 +181,13 @@ class Session:
         except _ERRORS as error:
             raise BoardError(f"the board at {self.address} failed: {last_line(error)}") from error
 
-    def _check_alive(self, error: Exception) -> None:
-        """Raise BoardError if the session is over: the error isn't one of the function's own."""
+    def is_alive(self) -> bool:
+        """Whether the board still answers."""
         try:
             self._rpc.get_function("topiarist.board.describe")()
         except _ERRORS:
-            raise BoardError(
-                f"the board at {self.address} ended the session: {last_line(error)}"
-            ) from error
+            return False
+        return True
 
     def _checked(self, seconds: Sequence[float], count: int) -> Sequence[float]:
         if len(seconds) != count or not all(math.isfinite(s) and 0 <= s < 1e6 for s in seconds):
