@@ -66,7 +66,7 @@ class TryRequest:
 
 @dataclass(frozen=True)
 class Lost:
-    """The session is over, and why; `ended`: it had ended by itself, as by a kernel that crashed."""
+    """The session is over, and why; `ended`: by itself, as when a kernel crashes."""
 
     message: str
     ended: bool = False
