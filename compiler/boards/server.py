@@ -152,7 +152,8 @@ def _watched(serve_loop: Callable[..., None], server: int) -> Callable[..., None
     def loop(sock: socket.socket, *args: Any) -> None:
         end_with(server)
         threading.Thread(target=_end_when_closed, args=(sock.fileno(),), daemon=True).start()
-        serve_loop(sock, *args)
+        with contextlib.suppress(RuntimeError):  # a client that was killed resets the connection
+            serve_loop(sock, *args)
 
     return loop
 
