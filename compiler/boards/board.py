@@ -12,6 +12,7 @@ from topiarist.errors import BoardError
 from topiarist.targets import detect_arm, linux
 
 PROTOCOL = 1  # of the functions that `server.py` adds to TVM's
+MOST_CONSTANTS = 8  # of a kernel
 _RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
@@ -51,6 +52,11 @@ class Board:
                 f"one speaks {PROTOCOL}: install the same version on both"
             )
         return board
+
+
+def flusher(constants: int) -> str:
+    """The name of the board's function that flushes so many arguments from the caches."""
+    return f"topiarist.board.flush_{constants}"
 
 
 @dataclass(frozen=True)

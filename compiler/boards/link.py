@@ -66,13 +66,14 @@ class TryRequest:
 
 @dataclass(frozen=True)
 class Lost:
-    """The session is over, and why."""
+    """The session is over, and why; `ended`: by itself, as when a kernel crashes."""
 
     message: str
+    ended: bool = False
 
 
 class LinkFailed(Exception):
-    """A request came to nothing, in a stage, with the variant of this index if any."""
+    """A request came to nothing in a stage; `at` is the variant that may be to blame, if any."""
 
     def __init__(self, stage: str, at: int | None, outcome: Outcome) -> None:
         super().__init__(outcome.message)
@@ -113,7 +114,8 @@ class BoardLink:
                 reply = self._child.receive(self.limits.of(stage))
                 if isinstance(reply, Lost):
                     self.board = None
-                    raise LinkFailed(stage, at, Outcome((), "crash", reply.message))
+                    culprit = at if stage == "run" and reply.ended else None
+                    raise LinkFailed(stage, culprit, Outcome((), "crash", reply.message))
                 if isinstance(reply, Lease):
                     self.address = reply.address
                     continue
@@ -182,5 +184,7 @@ def _answer(connection: Connection, options: BoardOptions) -> None:
                 connection.send([*trial.time(request)])
             elif isinstance(request, TryRequest):
                 connection.send(bench.try_out(options.target))
+    except BoardError as error:
+        connection.send(Lost(str(error), ended=not session.is_alive()))
     finally:
         session.close()

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from topiarist.compiler import runtime
-from topiarist.compiler.boards.board import PROTOCOL, Board, Cores
+from topiarist.compiler.boards.board import MOST_CONSTANTS, PROTOCOL, Board, Cores, flusher
 from topiarist.compiler.child import end_with
 from topiarist.errors import BoardError, TargetError, TopiaristError
 from topiarist.targets import linux
@@ -152,7 +152,8 @@ def _watched(serve_loop: Callable[..., None], server: int) -> Callable[..., None
     def loop(sock: socket.socket, *args: Any) -> None:
         end_with(server)
         threading.Thread(target=_end_when_closed, args=(sock.fileno(),), daemon=True).start()
-        serve_loop(sock, *args)
+        with contextlib.suppress(RuntimeError):  # a client that was killed resets the connection
+            serve_loop(sock, *args)
 
     return loop
 
@@ -190,6 +191,14 @@ def _register(cores: Cores) -> None:
 
     for function in (describe, refuses, set_threads, stored, time_calls):
         ffi.register_global_func(f"topiarist.board.{function.__name__}", function, override=True)
+    flush = ffi.get_global_func("cache_flush_cpu_non_first_arg")
+    for count in range(1, MOST_CONSTANTS + 1):
+        ffi.register_global_func(flusher(count), _flush_some(flush, count), override=True)
+
+
+def _flush_some(flush: Callable[..., None], count: int) -> Callable[..., None]:
+    """Flushes the arguments after the first one, so many of them."""
+    return lambda *args: flush(*args[: count + 1])
 
 
 def describe_board(cores: Cores) -> Board:

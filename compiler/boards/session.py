@@ -21,7 +21,7 @@ import tvm.rpc
 from numpy.typing import NDArray
 
 from topiarist.compiler import runtime
-from topiarist.compiler.boards.board import Board
+from topiarist.compiler.boards.board import MOST_CONSTANTS, Board, flusher
 from topiarist.compiler.boards.tracker import Lease
 from topiarist.compiler.measure import Arguments
 from topiarist.compiler.parts import Parts
@@ -29,10 +29,15 @@ from topiarist.errors import BoardError
 from topiarist.targets.spec import TargetSpec
 
 _ERRORS = (RuntimeError, OSError, ValueError, AttributeError)  # of TVM's RPC
-_FLUSH = "cache_flush_cpu_non_first_arg"  # TVM's, which leaves the first argument in the caches
 _SLACK = 16 << 20  # bytes that have to stay free on the board
 Tell = Callable[[str, int | None], None]
 _Result = TypeVar("_Result")
+
+
+class _Args(list[Any]):
+    """Arguments of a call, with the number of constants, which follow the first."""
+
+    constants = 0
 
 
 class Session:
@@ -118,8 +123,11 @@ class Session:
         return self._guarded(lambda: tvm.runtime.tensor(array, self.device))
 
     def turns(self, args: Sequence[Any]) -> Arguments:
-        """The same ones each time: `seconds` sees to it that they come from memory."""
-        made = [self.tensor(arg) if isinstance(arg, np.ndarray) else arg for arg in args]
+        """The same ones each time: `seconds` sees to it that constants come from memory."""
+        at = [i for i, arg in enumerate(args) if isinstance(arg, np.ndarray)]
+        assert at == list(range(1, len(at) + 1)) and len(at) <= MOST_CONSTANTS
+        made = _Args(self.tensor(arg) if i in at else arg for i, arg in enumerate(args))
+        made.constants = len(at)
         return itertools.repeat(made)
 
     def run(self, function: Any, args: Sequence[Any]) -> None:
@@ -128,21 +136,25 @@ class Session:
         try:
             module[name](*args)
         except _ERRORS as error:
-            self._check_alive(error)
-            raise
+            if self.is_alive():
+                raise  # the function's own
+            raise BoardError(
+                f"the board at {self.address} ended the session: {last_line(error)}"
+            ) from error
 
     def seconds(self, function: Any, arguments: Arguments, number: int) -> float:
-        """By TVM's evaluator on the board; all arguments but the first come from memory."""
+        """By TVM's evaluator on the board, each call by itself where constants are flushed."""
         module, name = function
         args = next(arguments)
+        constants = args.constants if isinstance(args, _Args) else 0
+        calls = {"number": 1, "repeat": number} if constants else {"number": number, "repeat": 1}
 
         def evaluate() -> tuple[float, ...]:
-            evaluator = module.time_evaluator(
-                name, self.device, number=1, repeat=number, f_preproc=_FLUSH
-            )
+            flush = flusher(constants) if constants else ""
+            evaluator = module.time_evaluator(name, self.device, **calls, f_preproc=flush)
             return tuple(evaluator(*args).results)
 
-        return float(np.mean(self._checked(self._guarded(evaluate), number)))
+        return float(np.mean(self._checked(self._guarded(evaluate), calls["repeat"])))
 
     def time_calls(self, module: Any, calls: str, tensors: Sequence[Any]) -> NDArray[np.float64]:
         """Run calls in order on the board; the seconds of each. See `server.timed_calls`."""
@@ -169,14 +181,13 @@ class Session:
         except _ERRORS as error:
             raise BoardError(f"the board at {self.address} failed: {last_line(error)}") from error
 
-    def _check_alive(self, error: Exception) -> None:
-        """Raise BoardError if the session is over: the error isn't one of the function's own."""
+    def is_alive(self) -> bool:
+        """Whether the board still answers."""
         try:
             self._rpc.get_function("topiarist.board.describe")()
         except _ERRORS:
-            raise BoardError(
-                f"the board at {self.address} ended the session: {last_line(error)}"
-            ) from error
+            return False
+        return True
 
     def _checked(self, seconds: Sequence[float], count: int) -> Sequence[float]:
         if len(seconds) != count or not all(math.isfinite(s) and 0 <= s < 1e6 for s in seconds):

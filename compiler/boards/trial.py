@@ -100,10 +100,9 @@ class BoardTrial:
         self.tell("prepare", None)
         function = (self.session.upload(request.library), request.function)
         random = np.random.default_rng(0)
-        arguments = self.session.turns([
-            random.uniform(0.0, 1.0, arg.shape).astype(arg.dtype) if isinstance(arg, Ref) else arg
-            for arg in request.args
-        ])  # fmt: skip
+        arguments = self.session.turns(
+            [self._random(arg, random) if isinstance(arg, Ref) else arg for arg in request.args]
+        )
         self.tell("run", None)
         once = self.session.seconds(function, arguments, 1)
         number = max(1, int(SLICE_S / max(once, 1e-7)))
@@ -112,3 +111,7 @@ class BoardTrial:
             self.tell("run", None)
             seconds.append(self.session.seconds(function, arguments, number))
         return tuple(seconds)
+
+    def _random(self, ref: Ref, random: np.random.Generator) -> Any:
+        """A buffer on the board, filled."""
+        return self.session.tensor(random.uniform(0.0, 1.0, ref.shape).astype(ref.dtype))

@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from topiarist.compiler.boards.tracker import Tracker
+from topiarist.compiler.child import end_with
 from topiarist.errors import BoardError
 
 SERVE = "topiarist.compiler.cli"
@@ -62,6 +64,7 @@ class Network:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=partial(end_with, os.getpid()),
         )
         self.started.append(process)
         return process

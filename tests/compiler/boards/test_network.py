@@ -103,6 +103,15 @@ def test_list_and_doctor(boards: Network) -> None:
     assert answer.exit_code == 2 and "is no RPC tracker" in answer.output
 
 
+def test_a_board_with_a_full_disk_has_no_outcomes(boards: Network) -> None:
+    layer = layer_of(CASES["pointwise"])
+    with (
+        Boards.find(options(boards, "full")) as pool,
+        pytest.raises(BoardError, match=r"no board is left.*left alone: the disk of the board"),
+    ):
+        pool.measure(layer, variants_of(layer, DirectDense()))
+
+
 def test_two_boards_measure_and_outlive_bad_kernels(boards: Network) -> None:
     layer = layer_of(CASES["density_0.3"])
     kernels = (
