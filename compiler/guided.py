@@ -37,13 +37,14 @@ from topiarist.pruning.database import Database, build_database, make_folder
 from topiarist.pruning.layers import weighted_layers
 from topiarist.pruning.level import DENSE, Level
 from topiarist.pruning.level_errors import level_errors
-from topiarist.pruning.output_error import MOST_IMAGES, OutputError
+from topiarist.pruning.output_error import OutputError
 from topiarist.pruning.stitch import stitch
 from topiarist.targets.spec import TargetSpec
 
 TOLERANCE = 0.03  # of the latency asked for
 ROUNDS = 6  # of compiling and timing, at most
 BENCH_S = 4.0
+CONTEST_IMAGES = 256
 CUTS = (0.2, 0.35, 0.5)  # shares of the time that channels are cut out for, before zeros
 
 Progress = Callable[[str, int, int], None]
@@ -172,7 +173,7 @@ class GuidedPruner:
         self.even = even
         self.progress = progress
         self._parts = Parts(target, threads)
-        self.outputs = OutputError(self.onnx, images)
+        self.outputs = OutputError(self.onnx, images, CONTEST_IMAGES)
         whole = self._prunable(model, self.onnx, database, 0.0)
         self.networks = [whole]
         if channels and not even:
@@ -226,16 +227,18 @@ class GuidedPruner:
 
         All are expected to take as long; they are stitched from a few images, without a refit.
         """
+        ways = [(self.networks[0], True)]
+        if not self.even:
+            ways = [*((network, False) for network in self.networks), *ways]
         entrants = []
-        for network in self.networks:
-            for even in (True,) if self.even else (False, True):
-                try:
-                    entrants.append((network, even, network.propose(wanted_us, even=even)))
-                except BudgetError:
-                    continue
+        for network, even in ways:
+            try:
+                entrants.append((network, even, network.propose(wanted_us, even=even)))
+            except BudgetError:
+                continue
         if len(entrants) == 1:
             return entrants[0][:2]
-        few = self.images.first(MOST_IMAGES)
+        few = self.images.first(CONTEST_IMAGES)
         errors = []
         for done, (network, _, proposal) in enumerate(entrants):
             self.progress("try on images", done, len(entrants))
