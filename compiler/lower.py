@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import tvm
 from numpy.typing import NDArray
 from tvm import relax
+from tvm_ffi import structural_hash
 
 from topiarist.compiler.choose import (
     Plan,
@@ -349,7 +349,7 @@ class _Lowering:
             out = Ref(buffer, shape, dtype)
             refs[f"step {i}"] = out
             name = self._function(
-                ("opaque", node.name, i, tvm.ir.structural_hash(function)),
+                ("opaque", node.name, i, structural_hash(function)),
                 "opaque",
                 functools.partial(function.with_attr, "global_symbol"),
             )
