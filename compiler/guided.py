@@ -132,7 +132,7 @@ class Guided:
     @property
     def reached(self) -> bool:
         """Whether the measured latency is within the tolerance of what was asked for."""
-        return _near(self.run_us, self.goal.us(self.dense_us))
+        return abs(self.run_us / self.goal.us(self.dense_us) - 1) <= TOLERANCE
 
     @property
     def levels(self) -> dict[str, Level]:
@@ -207,6 +207,7 @@ class GuidedPruner:
             )
         network, even = self._contest(max(wanted_us, reach.least_us))
         rounds: list[Round] = []
+        nearest = np.inf
         while True:
             proposal = network.propose(max(wanted_us, network.least_us), even=even)
             advice = network.advice(proposal)
@@ -214,9 +215,12 @@ class GuidedPruner:
             bundle = self._compile_candidate(model, "candidate", advice)
             run_us = self.dense_us / self._ratio(bundle)[0]
             rounds.append(Round(proposal.expected_us, run_us))
-            if _near(run_us, wanted_us) or len(rounds) == ROUNDS:
-                advice = narrowed(advice, read_manifest(bundle))
-                found = self._finish(goal, network, proposal, advice, rounds)
+            distance = abs(run_us / wanted_us - 1)
+            if distance <= max(nearest, TOLERANCE):
+                nearest = distance
+                chosen = proposal, narrowed(advice, read_manifest(bundle))
+            if distance <= TOLERANCE or len(rounds) == ROUNDS:
+                found = self._finish(goal, network, *chosen, rounds)
                 if found.reached or len(rounds) == ROUNDS:
                     return found
                 bundle, run_us = self.folder / "pruned.topi", found.run_us
@@ -362,10 +366,6 @@ class GuidedPruner:
         dense, ours = _in_turns([self.dense_bundle, bundle], self.threads)
         ratio = ratio_interval(dense, ours)
         return ratio.median, ratio.low, ratio.high
-
-
-def _near(run_us: float, wanted_us: float) -> bool:
-    return abs(run_us / wanted_us - 1) <= TOLERANCE
 
 
 def _layers(network: Prunable, proposal: Proposal) -> Iterator[GuidedLayer]:
