@@ -37,13 +37,14 @@ from topiarist.pruning.database import Database, build_database, make_folder
 from topiarist.pruning.layers import weighted_layers
 from topiarist.pruning.level import DENSE, Level
 from topiarist.pruning.level_errors import level_errors
-from topiarist.pruning.output_error import MOST_IMAGES, OutputError
+from topiarist.pruning.output_error import OutputError
 from topiarist.pruning.stitch import stitch
 from topiarist.targets.spec import TargetSpec
 
 TOLERANCE = 0.03  # of the latency asked for
 ROUNDS = 6  # of compiling and timing, at most
 BENCH_S = 4.0
+CONTEST_IMAGES = 256
 CUTS = (0.2, 0.35, 0.5)  # shares of the time that channels are cut out for, before zeros
 
 Progress = Callable[[str, int, int], None]
@@ -131,7 +132,7 @@ class Guided:
     @property
     def reached(self) -> bool:
         """Whether the measured latency is within the tolerance of what was asked for."""
-        return _near(self.run_us, self.goal.us(self.dense_us))
+        return abs(self.run_us / self.goal.us(self.dense_us) - 1) <= TOLERANCE
 
     @property
     def levels(self) -> dict[str, Level]:
@@ -172,7 +173,7 @@ class GuidedPruner:
         self.even = even
         self.progress = progress
         self._parts = Parts(target, threads)
-        self.outputs = OutputError(self.onnx, images)
+        self.outputs = OutputError(self.onnx, images, CONTEST_IMAGES)
         whole = self._prunable(model, self.onnx, database, 0.0)
         self.networks = [whole]
         if channels and not even:
@@ -206,6 +207,7 @@ class GuidedPruner:
             )
         network, even = self._contest(max(wanted_us, reach.least_us))
         rounds: list[Round] = []
+        nearest = np.inf
         while True:
             proposal = network.propose(max(wanted_us, network.least_us), even=even)
             advice = network.advice(proposal)
@@ -213,9 +215,12 @@ class GuidedPruner:
             bundle = self._compile_candidate(model, "candidate", advice)
             run_us = self.dense_us / self._ratio(bundle)[0]
             rounds.append(Round(proposal.expected_us, run_us))
-            if _near(run_us, wanted_us) or len(rounds) == ROUNDS:
-                advice = narrowed(advice, read_manifest(bundle))
-                found = self._finish(goal, network, proposal, advice, rounds)
+            distance = abs(run_us / wanted_us - 1)
+            if distance <= max(nearest, TOLERANCE):
+                nearest = distance
+                chosen = proposal, narrowed(advice, read_manifest(bundle))
+            if distance <= TOLERANCE or len(rounds) == ROUNDS:
+                found = self._finish(goal, network, *chosen, rounds)
                 if found.reached or len(rounds) == ROUNDS:
                     return found
                 bundle, run_us = self.folder / "pruned.topi", found.run_us
@@ -226,16 +231,18 @@ class GuidedPruner:
 
         All are expected to take as long; they are stitched from a few images, without a refit.
         """
+        ways = [(self.networks[0], True)]
+        if not self.even:
+            ways = [*((network, False) for network in self.networks), *ways]
         entrants = []
-        for network in self.networks:
-            for even in (True,) if self.even else (False, True):
-                try:
-                    entrants.append((network, even, network.propose(wanted_us, even=even)))
-                except BudgetError:
-                    continue
+        for network, even in ways:
+            try:
+                entrants.append((network, even, network.propose(wanted_us, even=even)))
+            except BudgetError:
+                continue
         if len(entrants) == 1:
             return entrants[0][:2]
-        few = self.images.first(MOST_IMAGES)
+        few = self.images.first(CONTEST_IMAGES)
         errors = []
         for done, (network, _, proposal) in enumerate(entrants):
             self.progress("try on images", done, len(entrants))
@@ -359,10 +366,6 @@ class GuidedPruner:
         dense, ours = _in_turns([self.dense_bundle, bundle], self.threads)
         ratio = ratio_interval(dense, ours)
         return ratio.median, ratio.low, ratio.high
-
-
-def _near(run_us: float, wanted_us: float) -> bool:
-    return abs(run_us / wanted_us - 1) <= TOLERANCE
 
 
 def _layers(network: Prunable, proposal: Proposal) -> Iterator[GuidedLayer]:

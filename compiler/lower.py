@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tvm import relax
+from tvm_ffi import structural_hash
 
 from topiarist.compiler.choose import (
     Plan,
@@ -348,7 +349,7 @@ class _Lowering:
             out = Ref(buffer, shape, dtype)
             refs[f"step {i}"] = out
             name = self._function(
-                ("opaque", node.name, i),
+                ("opaque", node.name, i, structural_hash(function)),
                 "opaque",
                 functools.partial(function.with_attr, "global_symbol"),
             )

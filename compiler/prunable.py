@@ -40,7 +40,7 @@ from topiarist.targets.spec import TargetSpec
 
 ROUNDING = 1e-9
 LIKELY = (0.1, 20.0)  # what one layer's correction may be
-AGAIN = 0.5  # of what later corrections say: times of single layers scatter
+NOISE = 0.15  # that times of single layers scatter by; later corrections below that count half
 LEAST_GAIN = 0.05  # of a layer's time; less could be noise and is not worth its error
 
 Zeros = Mapping[str, Mapping[Level, SparsitySignature]]
@@ -173,8 +173,9 @@ class Prunable:
             taken_us = measured.get(name, 0.0) * whole
             if taken_us > 0 and expected_us > 0:
                 key = name, level == DENSE
-                share = AGAIN if key in self._corrections else 1.0
-                factor = self._corrections.get(key, 1.0) * (taken_us / expected_us) ** share
+                wrong = taken_us / expected_us
+                known = key in self._corrections and abs(wrong - 1) < NOISE
+                factor = self._corrections.get(key, 1.0) * (wrong**0.5 if known else wrong)
                 self._corrections[key] = min(max(factor, LIKELY[0]), LIKELY[1])
 
     def advice(self, proposal: Proposal) -> Advice:

@@ -22,10 +22,12 @@ class OutputError:
     network with a fixed batch size needs images for one batch.
     """
 
-    def __init__(self, model: onnx.ModelProto, images: Images) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, images: Images, most_images: int = MOST_IMAGES
+    ) -> None:
         values = sum(math.prod(array.shape[1:]) for array in images.arrays.values())
         count = VALUES_AT_ONCE // max(values, 1)
-        count = min(MOST_IMAGES, max(FEWEST_IMAGES, count))
+        count = min(most_images, max(FEWEST_IMAGES, count))
         self._names = [value.name for value in model.graph.output]
         self._portions = chunks(model, images.after(max(0, len(images) - count)))
         self._expected = self._outputs(model)

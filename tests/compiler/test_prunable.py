@@ -12,6 +12,7 @@ import pytest
 
 from tests.models import Net, run_onnx
 from topiarist.compiler.bundle import read_manifest
+from topiarist.compiler.parts import Parts
 from topiarist.compiler.pipeline import compile_model
 from topiarist.compiler.prices import MOST_OFFERS, SPARSE_KERNELS
 from topiarist.compiler.prunable import LEAST_GAIN, Prunable, narrowed
@@ -108,3 +109,19 @@ def test_what_was_measured_corrects_prices(network: Prunable, tmp_path: Path) ->
     measured = sum(layer.run_us or 0.0 for layer in manifest.layers)
     others = sum(other.run_us for other in manifest.others)
     assert network.rest_us == pytest.approx(120 * others / (measured + others))
+
+
+def test_operators_of_two_networks_share_code_only_if_they_are_equal(tmp_path: Path) -> None:
+    """A copy with fewer channels has nodes of the same names."""
+    parts = Parts(registry.get("host"), 1)
+    for channels in (8, 6):
+        net = Net(seed=channels)
+        x = net.conv(net.input(1, 3, 8, 8), channels, 3, name="stem")
+        ends = [net.constant(np.array(v)) for v in ([0, 0], [8, 8], [2, 3], [2, 2])]
+        y = net.node("Slice", x, *ends, name="every_second_pixel")
+        model = net.model(net.conv(y, 4, channels, 1, name="last"))
+        onnx.save(model, tmp_path / "model.onnx")
+        compile_model(tmp_path / "model.onnx", output=tmp_path / "a.topi", parts=parts)
+        image = np.random.default_rng(1).standard_normal((1, 3, 8, 8)).astype(np.float32)
+        (found,) = Session(tmp_path / "a.topi").run(None, {"x": image})
+        np.testing.assert_allclose(found, run_onnx(model, {"x": image})[0], atol=1e-3)
