@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from topiarist.targets.gpu import Gpu
 from topiarist.targets.toolchain import TOOLCHAINS, Toolchain
 
 
@@ -50,6 +51,7 @@ class TargetSpec:
     clusters: tuple[Cluster, ...] = ()  # none where only this machine can tell
     lane_fma: bool = False  # a multiply-add can take one factor from a lane of a register
     system: str = "linux"  # linux, android
+    gpu: Gpu | None = None  # where kernels run on one; lanes, registers and caches are then its own
 
     @property
     def triple(self) -> str:
@@ -91,5 +93,6 @@ class TargetSpec:
         typed = {
             "required_features": tuple(values["required_features"]),
             "clusters": tuple(Cluster(**cluster) for cluster in values.get("clusters", ())),
+            "gpu": Gpu(**values["gpu"]) if values.get("gpu") else None,
         }
         return TargetSpec(**{**values, **typed})
