@@ -246,7 +246,7 @@ class LayoutPlanner:
 
     def _layout(self, shape: tuple[int, ...], want: _Want) -> LaneLayout:
         grid = want.lattice.grid(shape[2], shape[3])
-        if want.padded:
+        if want.padded or grid.lanes == 1:  # tiles keep vectors together, and here are none
             return LaneLayout(shape[1], grid, want.halo, None, want.fill)
         return LaneLayout(shape[1], grid, NO_HALO, largest_tile(grid.rows, grid.cols, TILE_VECTORS))
 

@@ -37,7 +37,7 @@ from topiarist.compiler.layouts import Place
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Call, Program, Ref
 from topiarist.errors import ModelError
-from topiarist.schedules.cpu import elementwise, pooling, relayout
+from topiarist.schedules.cpu import pooling, relayout
 from topiarist.schedules.kernels import conv_kernel
 from topiarist.schedules.layout import PlainLayout
 from topiarist.schedules.layout import View as ChannelView
@@ -58,6 +58,7 @@ class _Lowering:
         self.plan = plan
         self.parts = parts
         self.threads = parts.threads
+        self.made = parts.operators
         self.alias: dict[str, str] = {}  # value -> the value whose buffer it shares
         self.copied: set[str] = set()
         inputs = tuple(self._plain_ref(name) for name in graph.inputs)
@@ -163,11 +164,10 @@ class _Lowering:
 
     def _linear(self, node: Linear) -> None:
         choice = self.plan.choices[node.name].chosen
-        lanes = self.parts.target.lanes
         shape = linear_shape(node, self._batch(node.inputs[0]))
         name = self._use(linear_function(self.parts, choice.kernel, shape))
         params = self.parts.constants(
-            (node.name, choice.kernel), lambda: linear_params(choice.kernel, node, lanes)
+            (node.name, choice.kernel), lambda: linear_params(self.parts, choice.kernel, node)
         )
         self._call(node.name, name, self._reads(node)[0][1], *params, self._writes(node)[1])
 
@@ -178,7 +178,7 @@ class _Lowering:
         name = self._function(
             (node.mode, source, to, node.kernel, node.strides, node.padding, batch),
             f"{node.mode}_pool",
-            lambda name: pooling.pool_prim_func(
+            lambda name: self.made.pooling.pool_prim_func(
                 name,
                 node.mode,
                 source,
@@ -215,7 +215,7 @@ class _Lowering:
             name = self._function(
                 ("pick", source, to, node.strides, batch),
                 "pick",
-                lambda name: pooling.pool_prim_func(
+                lambda name: self.made.pooling.pool_prim_func(
                     name,
                     "max",
                     source,
@@ -232,7 +232,7 @@ class _Lowering:
         name = self._function(
             ("gather", source, to, batch),
             "gather",
-            lambda name: relayout.to_lanes_prim_func(
+            lambda name: self.made.relayout.to_lanes_prim_func(
                 name, source, to, batch=batch, threads=self.threads
             ),
         )
@@ -249,7 +249,7 @@ class _Lowering:
         name = self._function(
             ("global", view, batch),
             "global_average",
-            lambda name: pooling.global_average_prim_func(
+            lambda name: self.made.pooling.global_average_prim_func(
                 name, view, batch=batch, threads=self.threads
             ),
         )
@@ -263,12 +263,12 @@ class _Lowering:
         lanes = [view for view in views if isinstance(view, ChannelView)]
         batch = self._batch(node.output)
         if len(lanes) == 3:
-            make: Callable[[str], Any] = lambda name: elementwise.add_prim_func(  # noqa: E731
+            make: Callable[[str], Any] = lambda name: self.made.elementwise.add_prim_func(  # noqa: E731
                 name, *lanes, activation=bounds, batch=batch, threads=self.threads
             )
         else:
             layout = PlainLayout(self.graph.values[node.output].shape)
-            make = lambda name: elementwise.plain_add_prim_func(  # noqa: E731
+            make = lambda name: self.made.elementwise.plain_add_prim_func(  # noqa: E731
                 name, layout, activation=bounds
             )
         name = self._function(("add", tuple(views), bounds, batch), "add", make)
@@ -286,7 +286,7 @@ class _Lowering:
             name = self._function(
                 ("plain affine", layout, scaled, bounds),
                 "affine",
-                lambda name: elementwise.plain_affine_prim_func(
+                lambda name: self.made.elementwise.plain_affine_prim_func(
                     name, layout, scaled=scaled, activation=bounds
                 ),
             )
@@ -304,7 +304,7 @@ class _Lowering:
         return self._function(
             ("affine", source, to, scaled, bounds, batch),
             "affine",
-            lambda name: elementwise.affine_prim_func(
+            lambda name: self.made.elementwise.affine_prim_func(
                 name,
                 source,
                 to,
@@ -350,7 +350,7 @@ class _Lowering:
             name = self._function(
                 ("opaque", node.name, i),
                 "opaque",
-                functools.partial(function.with_attr, "global_symbol"),
+                functools.partial(self.made.scheduled(function).with_attr, "global_symbol"),
             )
             inputs = [refs[arg] if arg in refs else constants[arg] for arg in args]
             self._call(node.name, name, *inputs, out)
@@ -377,7 +377,7 @@ class _Lowering:
         name = self._function(
             ("copy", size),
             "copy",
-            lambda name: elementwise.plain_affine_prim_func(
+            lambda name: self.made.elementwise.plain_affine_prim_func(
                 name, PlainLayout((1, size)), scaled=False, activation=(None, None)
             ),
         )

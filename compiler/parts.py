@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from topiarist.errors import BuildError
 from topiarist.schedules.kernel import ConvKernel, ConvSite, ConvViews, KernelConfig
+from topiarist.schedules.operators import operators_for
 from topiarist.schedules.workload import ConvWorkload, SparsitySignature
 from topiarist.targets.spec import TargetSpec
 
@@ -23,6 +24,7 @@ class Parts:
     def __init__(self, target: TargetSpec, threads: int) -> None:
         self.target = target
         self.threads = threads
+        self.operators = operators_for(target)
         self.functions: dict[str, Any] = {}
         self._names: dict[Any, str] = {}
         self._constants: dict[Any, Sequence[NDArray[Any]]] = {}

@@ -17,7 +17,7 @@ from topiarist.compiler.program import Call
 from topiarist.compiler.runtime import versions
 from topiarist.schedules.cpu.linear import LinearShape
 from topiarist.schedules.kernel import ConvKernel, ConvSite, ConvViews, KernelConfig
-from topiarist.schedules.kernels import CONV_KERNELS
+from topiarist.schedules.kernels import CONV_KERNELS, kernels_for
 from topiarist.schedules.layout import View
 from topiarist.targets import registry
 from topiarist.targets.detect import detect
@@ -192,7 +192,7 @@ class _Candidates:
     def of(self, record: TuningRecord) -> tuple[ConvKernel[Any], KernelConfig] | None:
         """The kernel and the knobs of a record, None if they would not be tried."""
         what = record.input
-        for kernel in CONV_KERNELS:
+        for kernel in kernels_for(self.site.target):
             if (kernel.name, kernel.version) == (what.kernel, what.kernel_version):
                 for config in self._fitting(kernel):
                     if asdict(config) == what.config:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -99,4 +100,48 @@ def write_halo(y: Any, view: View, channel_at: Any, worker: Any, workers: int) -
         cell = turn * workers + worker
         with when(cell < cells):
             at = channel_at + halo_at(view.layout, cell)
-            T.buffer_store(y, tirx.FloatImm("float32", view.layout.fill), [at])
+            T.buffer_store(y, fill_of(view), [at])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A thread's place in a stored plane: `at` in the buffer, and whether it is a pixel."""
+
+    image: Any
+    channel: Any
+    row: Any
+    col: Any
+    at: Any
+    inside: Any
+
+
+@contextmanager
+def each_cell(view: View, batch: int) -> Iterator[Cell]:
+    """A thread for each stored value of the view's channels, halo included."""
+    layout = view.layout
+    stored = layout.stored_rows * layout.row_vectors
+    with each(batch * view.count * stored) as item:
+        plane, place = item // stored, item % stored
+        image, channel = plane // view.count, plane % view.count
+        row = T.bind(place // layout.row_vectors - layout.halo[0])
+        col = T.bind(place % layout.row_vectors - layout.halo[1])
+        rows = T.And(row >= 0, row < layout.grid.height)
+        inside = T.And(rows, T.And(col >= 0, col < layout.grid.width))
+        yield Cell(image, channel, row, col, view.at(image, channel) + place, inside)
+
+
+def fill_of(view: View) -> Any:
+    """What the halo holds."""
+    return tirx.FloatImm("float32", view.layout.fill)
+
+
+def sum_of_block(value: Any, thread: Any, threads: int) -> Any:
+    """The sum of a value over the threads of a block, a power of two, for its first thread."""
+    parts = shared(threads)
+    T.buffer_store(parts, value, [thread])
+    width = threads // 2
+    while width:
+        with when(thread < width):
+            T.buffer_store(parts, parts[thread] + parts[thread + width], [thread])
+        width //= 2
+    return parts[0]
