@@ -29,6 +29,7 @@ from topiarist.compiler.manifest import FileEntry, Manifest, ParamEntry, SourceM
 from topiarist.compiler.runtime import ALIGNMENT, versions
 from topiarist.errors import BuildError, BundleError, ModelError, OutputError
 from topiarist.targets.detect import runs_here
+from topiarist.targets.linker import AUTOMATIC, Linker, LinkOptions, find_linker
 
 LIBRARY = "lib.so"
 WEIGHTS = "weights.bin"
@@ -64,12 +65,14 @@ def write_bundle(
     *,
     source: Path | str | None = None,
     reproducible: bool = False,
+    link: LinkOptions = AUTOMATIC,
 ) -> Path:
     """Write the compiled network as a bundle; an existing bundle is replaced.
 
     `source` is the model file that was compiled. A `reproducible` bundle names it as it is given
-    here, and not where it lies on this machine. Raises OutputError when the folder can't be
-    written and BuildError when linking fails; then nothing is left and an old bundle is intact.
+    here, and not where it lies on this machine. `link` is about linking for another machine.
+    Raises OutputError when the folder can't be written and BuildError when linking fails; then
+    nothing is left and an old bundle is intact.
     """
     path = check_writable(path)
     origin = None if source is None else describe_source(Path(source))
@@ -78,7 +81,7 @@ def write_bundle(
     aside = _beside(path, "new")
     try:
         aside.mkdir()
-        _fill(aside, compiled, origin)
+        _fill(aside, compiled, origin, find_linker(compiled.target, link))
         _put_in_place(aside, path)
     except OSError as error:
         raise OutputError(f"can't write {path}: {error.strerror or error}") from error
@@ -131,7 +134,7 @@ class OpenBundle:
         folder = Path(path)
         self.manifest = read_manifest(folder)
         if reason := runs_here(self.manifest.target):
-            raise BundleError(f"{folder} can't run here: {reason}; compile it for --target host")
+            raise BundleError(f"{folder} can't run here: {reason}; {_elsewhere(self.manifest)}")
         _check_versions(folder, self.manifest)
         self._path = folder / WEIGHTS
         with _readable(folder / LIBRARY) as library:
@@ -175,6 +178,16 @@ def _read_json(folder: Path) -> dict[str, Any]:
     return data
 
 
+def _elsewhere(manifest: Manifest) -> str:
+    """What to do with a bundle that is for another machine."""
+    if manifest.target.toolchain is None:
+        return "compile it for --target host"
+    return (
+        "copy it to the device and run it there, try it without one (`topiarist verify "
+        "--emulate`), or compile it for --target host"
+    )
+
+
 def _check_versions(folder: Path, manifest: Manifest) -> None:
     for package in ("apache-tvm", "apache-tvm-ffi"):
         built, here = manifest.versions.get(package, "none"), versions()[package]
@@ -210,8 +223,13 @@ def _altered(path: Path) -> BundleError:
     return BundleError(f"{path} was altered after it was compiled; {_AGAIN}")
 
 
-def _fill(folder: Path, compiled: CompiledModel, source: SourceModel | None) -> None:
-    _export(compiled, folder / LIBRARY)
+def _fill(
+    folder: Path, compiled: CompiledModel, source: SourceModel | None, linker: Linker | None
+) -> None:
+    if linker is None:
+        _export_here(compiled, folder / LIBRARY)
+    else:
+        compiled.executable.export_library(str(folder / LIBRARY), fcompile=linker)
     params = _write_weights(compiled.params, folder / WEIGHTS)
     manifest = Manifest(
         versions=versions(),
@@ -230,7 +248,7 @@ def _fill(folder: Path, compiled: CompiledModel, source: SourceModel | None) -> 
     (folder / MANIFEST).write_text(manifest.dumps(), encoding="utf-8")
 
 
-def _export(compiled: CompiledModel, library: Path) -> None:
+def _export_here(compiled: CompiledModel, library: Path) -> None:
     from tvm.support.cc import get_cc
 
     compiler = get_cc()

@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from topiarist.compiler.layouts import LayoutPlan, LayoutPlanner, Place
 from topiarist.compiler.measure import Timer
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Ref
-from topiarist.compiler.recorded import Recorded, strip
+from topiarist.compiler.recorded import Device, Recorded, strip
 from topiarist.errors import BuildError, MissingRecordsError, TopiaristError
 from topiarist.pruning.patterns import find_pattern
 from topiarist.schedules.cpu import linear, relayout
@@ -32,7 +32,10 @@ from topiarist.schedules.kernels import kernels_for
 from topiarist.schedules.layout import PlainLayout, View
 from topiarist.schedules.workload import ConvWorkload, signature
 from topiarist.targets.spec import TargetSpec
-from topiarist.tuning_logs.record import Measured, TuningRecord, typical_us
+from topiarist.tuning_logs.record import Measured, MeasureInput, TuningRecord, typical_us
+
+if TYPE_CHECKING:
+    from topiarist.compiler.prices import Pricer
 
 Progress = Callable[[str, int, int], None]
 Mode = Literal["estimate", "measure", "finalists", "strict"]
@@ -41,6 +44,7 @@ ASSIGNMENTS = 3
 MAX_ERROR = 1e-4
 FIRST_TRIES = 2  # of a kernel that then lies HOPELESS times behind
 HOPELESS = 2.0
+PREDICTED = 24  # configurations of a kernel, the best by estimate, that a latency model looks at
 # Rough rates for estimates: a dense layer reads its weights once; a sparse one gathers inputs.
 LINEAR_WEIGHTS_PER_US = 4000.0
 SPARSE_LINEAR_RATE = 0.4
@@ -111,6 +115,18 @@ class Plan:
         return all(choice.settled for choice in self.choices.values())
 
 
+@dataclass(frozen=True)
+class Predictor:
+    """A latency model of a device: it stands in for the clock."""
+
+    device: Device
+    pricer: Pricer
+
+    def run_us(self, whats: Sequence[MeasureInput]) -> list[float]:
+        """Expected microseconds of candidates."""
+        return [float(us) for us in self.pricer.prices_us(whats)[0]] if whats else []
+
+
 def workload_of(node: Conv, graph: Graph) -> ConvWorkload:
     """The layer as a workload."""
     n, c, h, w = graph.values[node.inputs[0]].shape
@@ -164,7 +180,8 @@ def layer_error(layers: int, max_error: float = MAX_ERROR) -> float:
 class Chooser:
     """Finds each layer's candidates with their times, remembering layers that are alike.
 
-    Modes: "estimate" times nothing; "measure" times what the logs don't have; "finalists" takes
+    Modes: "estimate" times nothing: it is "strict" where the logs have all layers; what they lack
+    the `predictor` says, or a count; "measure" times what the logs don't have; "finalists" takes
     convolutions as the logs have them timed alone; "strict" takes everything from the logs, as
     timed in the network where that was done. The last two raise MissingRecordsError naming the
     layers that have no record. `max_error` bounds what inexact kernels (Winograd) add to the
@@ -177,6 +194,7 @@ class Chooser:
         parts: Parts,
         *,
         dense: bool,
+        predictor: Predictor | None = None,
         mode: Mode,
         recorded: Recorded | None = None,
         max_error: float = MAX_ERROR,
@@ -186,6 +204,7 @@ class Chooser:
         self.parts = parts
         self.target: TargetSpec = parts.target
         self.dense = dense
+        self.predictor = predictor
         self.mode = mode
         self.recorded = recorded
         self.progress = progress
@@ -202,11 +221,13 @@ class Chooser:
 
         Where earlier trials have settled whole plans, the others are not measured any more.
         """
-        count = 1 if self.mode == "estimate" else ASSIGNMENTS
+        count = 1 if self.mode == "estimate" and self.predictor is None else ASSIGNMENTS
         layouts = layout_plans(self.graph, self.target.lanes, count)
         plans: list[Plan] = []
         if self.mode == "measure" and self.recorded is not None and not self.dense:
             plans = [plan for plan in self._as_strict()._complete(layouts)[0] if plan.settled]
+        if self.mode == "estimate" and self.recorded is not None:
+            plans = self._as_strict()._complete(layout_plans(self.graph, self.target.lanes))[0]
         if not plans:
             plans, missing = self._complete(layouts)
             if not plans:
@@ -329,6 +350,15 @@ class Chooser:
     ) -> None:
         """Add the kernel's shortlist to what is timed, or only its first ones if they are slow."""
         known = {(candidate.kernel, candidate.config) for candidate in timed}
+        if self.predictor is not None:
+            new = [config for config in shortlist if (kernel.name, config) not in known]
+            whats = [self.predictor.device.what_conv(site, kernel, config) for config in new]
+            times = self.predictor.run_us(whats)
+            timed += [
+                Candidate(kernel.name, config, us, measured=False)
+                for config, us in zip(new, times, strict=True)
+            ]
+            return
         for i, config in enumerate(shortlist):
             if i >= FIRST_TRIES and self._hopeless(kernel, timed):
                 return
@@ -344,6 +374,7 @@ class Chooser:
     def _shortlist(self, kernel: ConvKernel[Any], site: ConvSite) -> list[KernelConfig]:
         """The configurations worth trying, most promising first."""
         count = kernel.tries if self.timer is not None else 1
+        count = count if self.predictor is None else PREDICTED
         fitting = (
             config
             for config in kernel.knobs(site)
@@ -436,6 +467,9 @@ class Chooser:
         if self.timer is None:
             work = density / SPARSE_LINEAR_RATE if kernel == "sparse_linear" else 1.0
             us = work * node.weight.size / LINEAR_WEIGHTS_PER_US
+            if self.predictor is not None:
+                what = self.predictor.device.what_linear(node, shape, kernel)
+                (us,) = self.predictor.run_us([what])
             return Candidate(kernel, None, us, measured=False)
         x = Ref("x", (shape.batch * shape.inputs,))
         y = Ref("y", (shape.batch * shape.outputs,))

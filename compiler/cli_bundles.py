@@ -20,6 +20,7 @@ from topiarist.compiler.cli_output import (
     print_table,
     say,
 )
+from topiarist.targets import registry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,8 +53,10 @@ def inspect_bundle(bundle: Path, as_json: bool) -> None:
     target = manifest.target
     say(f"compiled for {target.device_model or target.name}, {manifest.threads} thread(s)")
     if target.peak_gflops is not None and target.bandwidth_gbs is not None:
+        stated = target.clusters and target.name != registry.HOST
+        source = "as its profile states" if stated else "measured"
         say(
-            f"roofline of one core, measured: {target.peak_gflops:.0f} GFLOP/s, "
+            f"roofline of one core, {source}: {target.peak_gflops:.0f} GFLOP/s, "
             f"{target.bandwidth_gbs:.1f} GB/s from beyond the second-level cache"
         )
     if total["run_us"] is not None:

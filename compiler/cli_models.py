@@ -23,6 +23,7 @@ from topiarist.compiler.cli_output import (
 )
 from topiarist.errors import ModelError
 from topiarist.targets import registry
+from topiarist.targets.detect import runs_here
 
 if TYPE_CHECKING:
     from topiarist.compiler.analysis import LayerReport
@@ -33,7 +34,10 @@ Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The ONNX mode
 ModelOrBundle = Annotated[
     Path, typer.Argument(metavar="MODEL.onnx|BUNDLE.topi", help="The ONNX model, or a bundle.")
 ]
-Target = Annotated[str, typer.Option("--target", "-t", help="A target's name; host: this machine.")]
+Target = Annotated[
+    str,
+    typer.Option("--target", "-t", help="A target's name, or its file; host: this machine."),
+]
 Threads = Annotated[int, typer.Option(min=1, help="Threads that bundles will run with.")]
 Batch = Annotated[int | None, typer.Option(min=1, help="Batch, where the model's is open.")]
 
@@ -169,8 +173,12 @@ def compile_(
         ),
     ] = 1e-4,
     measure: Annotated[
-        bool, typer.Option(help="Time kernels here, or choose by estimate: fast, less good.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            help="Time kernels here, or choose by logs and estimate: fast, less good. "
+            "Default: time, if the target is this kind of machine."
+        ),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Time nothing: take all from tuning logs, or fail.")
     ] = False,
@@ -180,6 +188,16 @@ def compile_(
             help="Tuning log, or a folder of logs: reuse its timings, and add the new ones. "
             "Default: the user's, without adding."
         ),
+    ] = None,
+    sysroot: Annotated[
+        Path | None, typer.Option(help="For a board: a folder with a copy of its lib and usr/lib.")
+    ] = None,
+    ndk: Annotated[
+        Path | None, typer.Option(help="For Android: the folder of the NDK, which links.")
+    ] = None,
+    linker: Annotated[
+        Path | None,
+        typer.Option(help="For a board: another compiler or linker than Debian's cross compiler."),
     ] = None,
     dump_dir: Annotated[
         Path | None, typer.Option(help="Write the state after each stage to this folder.")
@@ -196,6 +214,7 @@ def compile_(
     spec = registry.get(target)
     check_writable(output)
     from topiarist.compiler.pipeline import compile_model
+    from topiarist.targets.linker import LinkOptions
     from topiarist.tuning_logs.sources import user_folder
 
     start = time.perf_counter()
@@ -212,6 +231,7 @@ def compile_(
             strict=strict,
             log=user_folder() if log is None and user_folder().exists() else log,
             add_to_log=log is not None,
+            link=LinkOptions(linker, sysroot, ndk),
             dump_dir=dump_dir,
             progress=progress,
         )
@@ -251,6 +271,17 @@ def _print_compiled(compiled: CompiledModel, report: dict[str, Any]) -> None:
         f"wrote {report['bundle']} for {compiled.target.name}, {compiled.threads} thread(s): "
         f"{report['bytes'] / 1e6:.1f} MB in {report['seconds']:.0f} s"
     )
+    if reason := runs_here(compiled.target):
+        say(_untimed(compiled, reason))
+
+
+def _untimed(compiled: CompiledModel, reason: str) -> str:
+    """How kernels were chosen for a target whose code can't be timed here."""
+    guessed = sum(layer.timed == "estimate" for layer in compiled.layers)
+    known = len(compiled.layers) - guessed
+    ways = [f"{known} layers from tuning logs"] * bool(known)
+    ways += [f"{guessed} layers by estimate"] * bool(guessed)
+    return f"{reason}: nothing was timed, and kernels were chosen for {' and '.join(ways)}"
 
 
 def _shape(values: tuple[int, ...]) -> str:

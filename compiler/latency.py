@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from topiarist.compiler.choose import Predictor
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
 from topiarist.compiler.graph import Conv, Graph, Linear
@@ -26,6 +27,7 @@ from topiarist.compiler.roofline import with_roofline
 from topiarist.compiler.runtime import versions
 from topiarist.compiler.simplify import simplify
 from topiarist.errors import CostModelError, MissingRecordsError, ModelError
+from topiarist.schedules.kernels import CONV_KERNELS
 from topiarist.targets.detect import runs_here
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.cost_model import LEAST, Dataset, LatencyModel, is_usable
@@ -177,6 +179,27 @@ def card_of(data: Dataset, groups: NDArray[np.str_], errors: Evaluations) -> dic
     }
 
 
+def users_predictor(target: TargetSpec, threads: int) -> Predictor | None:
+    """The user's latency model of the target, to choose kernels by where they can't be timed.
+
+    None where there is none, or it is of another device, TVM or version of a kernel.
+    """
+    named = Device.named(target, threads)
+    file = default_model(named.key)
+    if not file.exists():
+        return None
+    model = LatencyModel.load(file)
+    covers = model.covers
+    same_device = covers.target.device_model == named.key.device_model
+    versions_now = {kernel.name: kernel.version for kernel in CONV_KERNELS}
+    same_code = covers.tvm == named.versions["apache-tvm"] and all(
+        versions_now.get(name, version) == version for name, version in covers.kernels.items()
+    )
+    if not same_device or not same_code:
+        return None
+    return Predictor(replace(named, key=covers.target), Learned(model))
+
+
 @dataclass(frozen=True)
 class Source:
     """What prices layers, and its name for people."""
@@ -190,11 +213,12 @@ def open_source(
 ) -> Source:
     """The named model; without a name the user's, if it covers the target; else the formula.
 
-    `device` is the one whose times count, this machine if it is left out. The formula needs the
-    machine's peak and bandwidth, stated by the target or measured here.
+    `device` is the one whose times count; if it is left out this machine, or the target's where
+    this machine can't run its code. The formula needs the machine's peak and bandwidth, stated by
+    the target or measured here.
     Raises CostModelError if a named model covers another target, or none of these will do.
     """
-    key = (device or Device.here(target, threads)).key
+    key = (device or Device.of(target, threads)).key
     file = default_model(key) if path is None else path
     if path is not None or file.exists():
         model = LatencyModel.load(file)

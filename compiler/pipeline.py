@@ -15,6 +15,7 @@ from topiarist.compiler.compiled import CompiledModel, TensorSignature
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
 from topiarist.compiler.graph import Graph
+from topiarist.compiler.latency import users_predictor
 from topiarist.compiler.layer_choices import layer_choices, other_work
 from topiarist.compiler.lower import lower
 from topiarist.compiler.memory import MemoryPlan, plan_memory
@@ -27,6 +28,7 @@ from topiarist.compiler.trial import settle
 from topiarist.errors import MissingRecordsError, TargetError
 from topiarist.targets import registry
 from topiarist.targets.detect import runs_here
+from topiarist.targets.linker import AUTOMATIC, LinkOptions, find_linker
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.record import now
 from topiarist.tuning_logs.sources import TuningLogs, open_logs, shipped_logs
@@ -45,10 +47,11 @@ def compile_model(
     batch: int | None = None,
     dense: bool = False,
     max_error: float = MAX_ERROR,
-    measure: bool = True,
+    measure: bool | None = None,
     strict: bool = False,
     log: Path | None = None,
     add_to_log: bool = True,
+    link: LinkOptions = AUTOMATIC,
     dump_dir: Path | None = None,
     parts: Parts | None = None,
     progress: Progress | None = None,
@@ -57,16 +60,21 @@ def compile_model(
 
     `batch` overrides the model's batch size; `dense` leaves the sparse kernels out, which is what
     a sparse build is compared with. `max_error` bounds the error, relative to the largest output,
-    that Winograd kernels may add; 0 leaves them out. `log` is a tuning log or a folder of them,
-    asked before the logs that come with the package; what is timed is added to it, unless
-    `add_to_log` is False. `strict` takes every time from the logs: nothing is measured, and the
-    same model and logs give the same bundle. `parts` of an earlier compilation for this target and
-    number of threads spare making the same machine code again. `progress(stage, done, total)` is
-    called along the way.
+    that Winograd kernels may add; 0 leaves them out. `measure` times kernels on this machine, by
+    default if it runs the target's code; otherwise the logs decide where they know all layers, and
+    what they don't is predicted by the user's latency model of the target, or else estimated.
+    `log` is a tuning log or a folder of them, asked before the logs that come with the package;
+    what is timed is added to it, unless `add_to_log` is False. `strict` takes every time from the
+    logs: nothing is measured, and the same model and logs give the same bundle. `link` is about
+    linking for another machine. `parts` of an earlier compilation for this target and number of
+    threads spare making the same machine code again. `progress(stage, done, total)` is called
+    along the way.
     Raises ModelError, TargetError, OutputError, BuildError, TuningLogError or, if `strict`,
     MissingRecordsError, each saying what to do.
     """
     spec = registry.get(target) if isinstance(target, str) else target
+    if measure is None:
+        measure = runs_here(spec) is None
     mode: Mode = "strict" if strict else "measure" if measure else "estimate"
     if mode == "measure":
         require_measurable(spec)
@@ -76,6 +84,7 @@ def compile_model(
         raise ValueError(f"max_error must not be negative, got {max_error}")
     if output is not None:
         check_writable(output)
+        find_linker(spec, link)  # for its errors, before minutes of work
     report = progress or (lambda stage, done, total: None)
 
     report("import", 0, 1)
@@ -90,6 +99,7 @@ def compile_model(
         graph,
         parts,
         dense=dense,
+        predictor=users_predictor(spec, threads) if mode == "estimate" else None,
         mode=mode,
         recorded=recorded,
         max_error=max_error,
@@ -124,19 +134,26 @@ def compile_model(
     if dump_dir is not None:
         dump(dump_dir, module, graph, plan, program, memory, lowered)
     if output is not None:
-        write_bundle(compiled, output, source=model, reproducible=strict)
+        write_bundle(compiled, output, source=model, reproducible=strict, link=link)
     return compiled
 
 
 def require_measurable(spec: TargetSpec) -> None:
     """Kernels are timed here, so this machine has to be able to run them."""
     reason = runs_here(spec)
-    if reason is not None:
-        raise TargetError(
-            f"{spec.name}: {reason}. Kernels are chosen by timing them here: compile on a machine "
-            "that has this instruction set, choose another target (`topiarist targets list`), "
-            "or choose by estimate (`--no-measure`)."
+    if reason is None:
+        return
+    if spec.toolchain is None:
+        remedy = "on a machine that has this instruction set, or for another target"
+    else:
+        remedy = (
+            "on the board itself with `--target host`, or over the network with "
+            "`topiarist tune --tracker HOST:PORT --key KEY`"
         )
+    raise TargetError(
+        f"{reason}, and this times kernels: do it {remedy}. `topiarist prune --density` and "
+        "`topiarist compile --no-measure` time nothing."
+    )
 
 
 def _recorded(

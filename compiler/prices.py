@@ -240,6 +240,6 @@ def all_prices(graph: Graph, device: Device, threads: int, pricer: Pricer) -> li
 
 
 def open_prices(graph: Graph, target: TargetSpec, threads: int, pricer: Pricer) -> list[Prices]:
-    """Those of `all_prices` on this machine, cheapest first."""
-    found = all_prices(graph, Device.here(target, threads), threads, pricer)
+    """Those of `all_prices` on this machine or the target's, cheapest first."""
+    found = all_prices(graph, Device.of(target, threads), threads, pricer)
     return sorted(found, key=lambda prices: prices.total_us)

@@ -20,7 +20,7 @@ from topiarist.schedules.kernel import ConvKernel, ConvSite, ConvViews, KernelCo
 from topiarist.schedules.kernels import CONV_KERNELS, kernels_for
 from topiarist.schedules.layout import View
 from topiarist.targets import registry
-from topiarist.targets.detect import detect
+from topiarist.targets.detect import detect, runs_here
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.index import Level, Site
 from topiarist.tuning_logs.record import (
@@ -53,6 +53,11 @@ class Device:
         return Device(
             target, TargetKey.of(replace(target, device_model=model), threads), versions(), "near"
         )
+
+    @staticmethod
+    def of(target: TargetSpec, threads: int) -> Device:
+        """This machine if it runs the target's code, and else the target as it is named."""
+        return (Device.here if runs_here(target) is None else Device.named)(target, threads)
 
     @staticmethod
     def named(target: TargetSpec, threads: int) -> Device:

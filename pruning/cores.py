@@ -10,7 +10,7 @@ from typing import TypeVar
 import scipy.linalg  # noqa: F401  (loads the BLAS that the controller is to find)
 from threadpoolctl import ThreadpoolController
 
-from topiarist.targets.detect import available_cores
+from topiarist.targets.linux import available_cores
 
 _libraries = ThreadpoolController()  # finding them takes longer than many a product
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.linalg import blas
 
 from topiarist.pruning.cores import on_all_cores
-from topiarist.targets.detect import available_cores
+from topiarist.targets.linux import available_cores
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]

@@ -25,7 +25,7 @@ from topiarist.pruning.obs import (
     eliminate,
     in_batches,
 )
-from topiarist.targets.detect import available_cores
+from topiarist.targets.linux import available_cores
 
 Mask = NDArray[np.bool_]
 

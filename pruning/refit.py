@@ -25,7 +25,7 @@ from topiarist.pruning.moments import (
     whole_matrices,
 )
 from topiarist.pruning.obs_rounds import settle
-from topiarist.targets.detect import available_cores
+from topiarist.targets.linux import available_cores
 
 PULL = 0.1  # towards the weights as they are, of the mean of the diagonal
 

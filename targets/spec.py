@@ -13,14 +13,15 @@ from topiarist.targets.toolchain import TOOLCHAINS, Toolchain
 class Cluster:
     """The cores of one kind in a processor: `mcpu` is LLVM's name of the kind.
 
-    `fma_per_cycle` counts the multiply-adds of whole vectors that start in a cycle.
+    `fma_per_cycle` counts the multiply-adds of whole vectors that start in a cycle. None is what
+    nobody told.
     """
 
     mcpu: str
     cores: int
-    clock_ghz: float
-    fma_per_cycle: float
-    out_of_order: bool
+    clock_ghz: float | None = None
+    fma_per_cycle: float | None = None
+    out_of_order: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ class TargetSpec:
     device_model: str = ""  # CPU or GPU model name, part of tuning record keys
     peak_gflops: float | None = None
     bandwidth_gbs: float | None = None
-    clusters: tuple[Cluster, ...] = ()  # none where only this machine can tell
+    clusters: tuple[Cluster, ...] = ()  # of ARM processors
     lane_fma: bool = False  # a multiply-add can take one factor from a lane of a register
-    system: str = "linux"  # linux, android
+    clusters: tuple[Cluster, ...] = ()  # of ARM processors
+    lane_fma: bool = False  # a multiply-add can take one factor from a lane of a register
     gpu: Gpu | None = None  # where kernels run on one; lanes, registers and caches are then its own
 
     @property
@@ -62,6 +64,11 @@ class TargetSpec:
     def mcpu(self) -> str:
         """LLVM's name of the cores; empty for a target that has no such thing."""
         return str(self.tvm_target.get("mcpu", ""))
+
+    @property
+    def system(self) -> str:
+        """linux or android."""
+        return "android" if self.triple.endswith("android") else "linux"
 
     @property
     def toolchain(self) -> Toolchain | None:

@@ -11,16 +11,17 @@ class Toolchain:
 
     `prefix` starts the names of the GNU tools, `package` is Debian's package of them, `emulator`
     QEMU's program for one process (in `emulator_package`), `sysroot` where the package puts the
-    machine's libraries. `machine` and `bits` are what the head of an ELF file has to say.
+    machine's libraries. All of these are empty where only a vendor's kit has them (Android's NDK).
+    `machine` and `bits` are what the head of an ELF file has to say (`elf.py`).
     """
 
-    prefix: str
-    package: str
-    emulator: str
-    sysroot: str
-    machine: str  # as in `elf.MACHINES`
+    machine: str
     bits: int
-    emulator_package: str = "qemu-user"
+    prefix: str = ""
+    package: str = ""
+    emulator: str = ""
+    emulator_package: str = ""
+    sysroot: str = ""
 
     @property
     def compiler(self) -> str:
@@ -29,22 +30,26 @@ class Toolchain:
 
 
 AARCH64 = Toolchain(
+    machine="aarch64",
+    bits=64,
     prefix="aarch64-linux-gnu",
     package="g++-aarch64-linux-gnu",
     emulator="qemu-aarch64",
+    emulator_package="qemu-user",
     sysroot="/usr/aarch64-linux-gnu",
-    machine="aarch64",
-    bits=64,
 )
 ARM_HARD_FLOAT = Toolchain(
+    machine="arm",
+    bits=32,
     prefix="arm-linux-gnueabihf",
     package="g++-arm-linux-gnueabihf",
     emulator="qemu-arm",
+    emulator_package="qemu-user",
     sysroot="/usr/arm-linux-gnueabihf",
-    machine="arm",
-    bits=32,
 )
+ANDROID = Toolchain(machine="aarch64", bits=64)
 TOOLCHAINS = {
     "aarch64-linux-gnu": AARCH64,
     "armv7l-linux-gnueabihf": ARM_HARD_FLOAT,
+    "aarch64-linux-android": ANDROID,
 }

@@ -109,6 +109,8 @@ def test_wheel_has_all_modules_and_nothing_bare(wheel):
     data = {"topiarist/py.typed", f"topiarist/tuning_logs/{MEASURED}"}
     templates = ("page.html", "charts.html", "style.css", "sort.js")
     data |= {f"topiarist/compiler/report/{name}" for name in templates}
+    boards = (ROOT / "targets" / "boards").glob("*.toml")
+    data |= {f"topiarist/targets/boards/{path.name}" for path in boards}
     assert expected | data <= set(names)
 
 

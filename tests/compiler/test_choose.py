@@ -1,11 +1,12 @@
 """The contest of kernels: what it records, and what a log spares it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from topiarist.compiler.choose import MAX_ERROR, Chooser, Mode
+from topiarist.compiler.choose import MAX_ERROR, Chooser, Mode, Predictor
 from topiarist.compiler.graph import Conv, FloatArray, Graph, Value
 from topiarist.compiler.measure import Timer
 from topiarist.compiler.parts import Parts
@@ -13,6 +14,8 @@ from topiarist.compiler.recorded import Device, Recorded
 from topiarist.errors import MissingRecordsError
 from topiarist.schedules.kernels import conv_kernel
 from topiarist.targets.detect import detect
+from topiarist.tuning_logs.boosters import Floats
+from topiarist.tuning_logs.record import MeasureInput
 from topiarist.tuning_logs.sources import TuningLogs
 from topiarist.tuning_logs.store import TuningLog
 
@@ -46,6 +49,7 @@ def chooser(
     log: Path | None = None,
     mode: Mode = "measure",
     max_error: float = MAX_ERROR,
+    predictor: Predictor | None = None,
 ) -> Chooser:
     """A contest on this machine with one thread."""
     spec = detect()
@@ -55,6 +59,7 @@ def chooser(
     return Chooser(
         *(graph, Parts(spec, 1)),
         dense=dense,
+        predictor=predictor,
         mode=mode,
         recorded=recorded,
         max_error=max_error,
@@ -130,3 +135,21 @@ def test_alike_layers_share_a_choice_and_estimates_need_no_timer() -> None:
     choice = chooser(graph, mode="estimate").plans()[0].choices["conv"]
     assert not choice.chosen.measured
     assert "by estimate" in choice.reason
+
+
+class ManyRowsAreFast:
+    """Takes the rows of a tile for speed."""
+
+    def prices_us(self, whats: Sequence[MeasureInput]) -> tuple[Floats, Floats]:
+        times = np.array([100.0 / what.config.get("rows", 0.5) for what in whats])
+        return times, times
+
+
+def test_a_latency_model_chooses_knobs_where_nothing_can_be_timed() -> None:
+    predictor = Predictor(Device.here(detect(), 1), ManyRowsAreFast())
+    graph = one_conv(sparse_weight(0.1))
+    found = chooser(graph, mode="estimate", predictor=predictor).plans()[0].choices["conv"]
+    rows = [getattr(candidate.config, "rows", 0.5) for candidate in found.timed]
+    assert found.chosen.config is not None and found.chosen.config.rows == max(rows) > min(rows)
+    assert found.chosen.run_us == 100.0 / max(rows) and not found.chosen.measured
+    assert len(found.timed) > len(chooser(graph, mode="estimate").plans()[0].choices["conv"].timed)

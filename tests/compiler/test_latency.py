@@ -23,6 +23,7 @@ from topiarist.compiler.latency import (
     open_source,
     predict_network,
     read_logs,
+    users_predictor,
 )
 from topiarist.compiler.prices import Analytic, Learned
 from topiarist.compiler.recorded import Device, is_current
@@ -291,3 +292,31 @@ def test_a_learned_model_predicts_and_explains_a_network(
     assert {*explain_network(network, stated, 1, path, None, 3)} == {"conv", "fc"}
     with pytest.raises(ModelError, match="no layer is called nobody; `topiarist inspect`"):
         explain_network(network, stated, 1, path, "nobody", 3)
+
+
+def test_the_users_model_stands_in_for_the_clock(model: LatencyModel) -> None:
+    assert users_predictor(HOST, 1) is None
+    file = default_model(Device.here(HOST, 1).key)
+    model.save(file)
+    predictor = users_predictor(HOST, 1)
+    assert predictor is not None and predictor.device.key == model.covers.target
+    assert predictor.run_us([]) == []
+    assert all(us > 0 for us in predictor.run_us([make_record(i).input for i in range(3)]))
+
+
+def test_a_model_of_another_device_or_version_does_not(model: LatencyModel) -> None:
+    model.save(default_model(Device.here(HOST, 1).key))
+    assert users_predictor(replace(HOST, device_model="Another CPU"), 1) is None
+    for stale in ({"tvm": "0.1"}, {"kernels": {"direct_sparse": 0}}):
+        changed = LatencyModel.train(Dataset.of([make_record(i) for i in range(200)]))
+        changed.covers = replace(changed.covers, **stale)
+        changed.save(default_model(Device.here(HOST, 1).key))
+        assert users_predictor(HOST, 1) is None
+
+
+def test_a_board_is_priced_by_what_its_profile_states() -> None:
+    """Not by this machine's model, and not by its roofline."""
+    rpi4 = registry.get("rpi4")
+    source = open_source(rpi4, 1, None)
+    assert isinstance(source.pricer, Analytic)
+    assert source.pricer.roofline.bandwidth_gbs == rpi4.bandwidth_gbs

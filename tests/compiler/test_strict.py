@@ -116,6 +116,19 @@ def test_missing_records_and_broken_logs_differ(project: Path, tmp_path: Path) -
     assert not (tmp_path / "m.topi").exists()
 
 
+def test_without_measuring_the_logs_decide_where_they_know_all(
+    project: Path, tmp_path: Path
+) -> None:
+    arguments = (project / "model.onnx", "--target", TARGET, "--log", project / "tuning_logs")
+    chosen = []
+    for how in ("--strict", "--no-measure"):
+        result = call("compile", *arguments, "-o", tmp_path / "m.topi", "--json", how)
+        assert result.exit_code == 0, result.output
+        chosen.append(json.loads(result.stdout)["layers"])
+    assert chosen[0] == chosen[1]
+    assert {layer["timed"] for layer in chosen[0]} == {"in network"}
+
+
 def test_a_broken_line_that_is_not_needed_does_no_harm(project: Path, tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     whole = (project / "tuning_logs" / "x86.jsonl").read_text()

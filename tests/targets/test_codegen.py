@@ -31,8 +31,8 @@ def k(a: T.handle, b: T.handle, c: T.handle):
         ("x86-sse4", r"mulps\s.*%xmm"),
         ("x86-avx2", r"vfmadd\w+ps\s.*%ymm"),
         ("x86-avx512", r"vfmadd\w+ps\s.*%zmm"),
-        ("aarch64", r"fmla\s+v\d+\.4s"),
         ("rpi4", r"fmla\s+v\d+\.4s"),
+        ("armv7", r"v(fma|mla)\.f32\s+q"),
     ],
 )
 def test_explicit_vectors_reach_the_assembly(name: str, instruction: str) -> None:

@@ -12,9 +12,9 @@ from topiarist.targets.spec import TargetSpec
 
 
 def test_profiles_have_their_vector_shape() -> None:
-    shapes = {n: (registry.get(n).lanes, registry.get(n).registers) for n in registry.names()[1:]}
-    x86 = {"x86-sse4": (4, 16), "x86-avx2": (8, 16), "x86-avx512": (16, 32)}
-    assert shapes == {**x86, "aarch64": (4, 32), "rpi4": (4, 32)}
+    x86 = [n for n in registry.names() if n.startswith("x86-")]
+    shapes = {n: (registry.get(n).lanes, registry.get(n).registers) for n in x86}
+    assert shapes == {"x86-sse4": (4, 16), "x86-avx2": (8, 16), "x86-avx512": (16, 32)}
 
 
 @pytest.mark.parametrize("name", registry.names()[1:])
@@ -25,15 +25,9 @@ def test_a_specification_survives_json(name: str) -> None:
 
 def test_specifications_of_older_bundles_lack_what_came_later() -> None:
     values = registry.get("x86-avx2").to_json()
-    for later in ("clusters", "lane_fma", "system"):
+    for later in ("clusters", "lane_fma"):
         del values[later]
     assert TargetSpec.from_json(values) == registry.get("x86-avx2")
-
-
-def test_the_peak_follows_from_clock_and_vectors() -> None:
-    spec = registry.get("rpi4")
-    assert spec.clock_ghz and spec.fma_per_cycle
-    assert spec.peak_gflops == 2 * spec.lanes * spec.fma_per_cycle * spec.clock_ghz
 
 
 def test_a_profile_is_plain_json() -> None:
