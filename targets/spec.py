@@ -51,8 +51,6 @@ class TargetSpec:
     bandwidth_gbs: float | None = None
     clusters: tuple[Cluster, ...] = ()  # of ARM processors
     lane_fma: bool = False  # a multiply-add can take one factor from a lane of a register
-    clusters: tuple[Cluster, ...] = ()  # of ARM processors
-    lane_fma: bool = False  # a multiply-add can take one factor from a lane of a register
     gpu: Gpu | None = None  # where kernels run on one; lanes, registers and caches are then its own
 
     @property
