@@ -40,10 +40,12 @@ static inline T __ldg(const T* p) {
 
 namespace fibers {
 const int kMost = 1024, kStack = 256 << 10;
+enum State { kReady, kAtBarrier, kDone };
 struct Fiber {
   ucontext_t context;
   Index index;
-  bool done;
+  State state;
+  float shuffled;
 };
 static Fiber fibers[kMost];
 static char* stacks;
@@ -54,17 +56,22 @@ static void** arguments;
 
 static void start() {
   body(arguments);
-  fibers[current].done = true;
+  fibers[current].state = kDone;
 }
 
-// Resume every thread once; returns how many are at a barrier then.
+static void yield(State state) {
+  fibers[current].state = state;
+  swapcontext(&fibers[current].context, &scheduler);
+}
+
+// Resume every thread that is ready once; returns how many are at a barrier then.
 static int turn(int count, bool falling) {
   int waiting = 0;
   for (int i = 0; i < count; i++) {
     current = falling ? count - 1 - i : i;
     threadIdx = fibers[current].index;
-    swapcontext(&scheduler, &fibers[current].context);
-    waiting += !fibers[current].done;
+    if (fibers[current].state == kReady) swapcontext(&scheduler, &fibers[current].context);
+    waiting += fibers[current].state == kAtBarrier;
   }
   return waiting;
 }
@@ -76,18 +83,24 @@ static void run_block(void (*kernel)(void**), void** params, const unsigned* blo
   int count = block[0] * block[1] * block[2];
   for (int i = 0; i < count; i++) {
     Fiber& fiber = fibers[i];
-    fiber.done = false;
+    fiber.state = kReady;
     fiber.index = {int(i % block[0]), int(i / block[0] % block[1]), int(i / block[0] / block[1])};
     getcontext(&fiber.context);
     fiber.context.uc_stack = {stacks + static_cast<size_t>(i) * kStack, 0, kStack};
     fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, start, 0);
   }
-  int waiting;
-  while ((waiting = turn(count, falling))) {
-    if (waiting == count) continue;
-    fprintf(stderr, "a barrier that %d of %d threads do not reach\n", count - waiting, count);
-    abort();
+  int waiting = 0, ready = count;
+  while (ready || waiting) {
+    waiting = turn(count, falling);
+    ready = 0;
+    for (int i = 0; i < count; i++) ready += fibers[i].state == kReady;
+    if (ready || !waiting) continue;
+    if (waiting < count) {
+      fprintf(stderr, "a barrier that %d of %d threads do not reach\n", count - waiting, count);
+      abort();
+    }
+    for (int i = 0; i < count; i++) fibers[i].state = kReady;
   }
 }
 
@@ -111,7 +124,19 @@ static void run_grid(void (*kernel)(void**), void** params, const unsigned* dims
 }
 }  // namespace fibers
 
-static inline void __syncthreads() {
-  using namespace fibers;
-  swapcontext(&fibers::fibers[current].context, &scheduler);
+static inline void __syncthreads() { fibers::yield(fibers::kAtBarrier); }
+static inline unsigned __activemask() { return ~0u; }
+
+// The threads of a warp get here in the same turn, or not at all.
+static inline float __shfl_sync(unsigned, float value, int lane, int = 32) {
+  fibers::fibers[fibers::current].shuffled = value;
+  int mine = fibers::current;
+  fibers::yield(fibers::kReady);
+  float result = fibers::fibers[mine / 32 * 32 + lane % 32].shuffled;
+  fibers::yield(fibers::kReady);
+  return result;
+}
+static inline float __shfl_down_sync(unsigned mask, float value, int delta, int width = 32) {
+  int lane = fibers::current % 32;
+  return __shfl_sync(mask, value, lane + delta < 32 ? lane + delta : lane, width);
 }

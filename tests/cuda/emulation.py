@@ -36,11 +36,10 @@ def load(folder: Path) -> None:
     script.write_text("libcudart.so.13 { global: *; };\n")
     source, empty = str(HERE / "device.cc"), folder / "empty.c"
     empty.write_text("")
-    names = [f"-Wl,-soname,{runtime.name}", f"-Wl,--version-script={script}"]
-    subprocess.run([*_GXX[:4], "-shared", "-O1", source, *names, "-o", runtime], check=True)
-    subprocess.run(
-        [*_GXX[:4], "-shared", empty, f"-Wl,-soname,{driver.name}", "-o", driver], check=True
-    )
+    versioned = f"-Wl,-soname,{runtime.name},--version-script={script}"
+    subprocess.run([*_GXX, "-O1", source, versioned, "-o", runtime], check=True)
+    named = f"-Wl,-soname,{driver.name},--no-as-needed"
+    subprocess.run([*_GXX, empty, named, runtime, "-o", driver], check=True)
     _loaded.extend(ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL) for library in (runtime, driver))
     _loaded.append(ctypes.CDLL(str(Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so")))
 
@@ -79,7 +78,7 @@ def _runner(source: str, kernel: re.Match[str]) -> str:
     types = [" ".join(a.replace("__restrict__", "").split()[:-1]) for a in arguments]
     values = ", ".join(f"*({type_}*)p[{i}]" for i, type_ in enumerate(types))
     body = source[kernel.end() :].split('extern "C"')[0]
-    barriers = "true" if "__syncthreads" in body else "false"
+    barriers = "true" if "__syncthreads" in body or "__shfl" in body else "false"
     return f"""
 static void {name}_call(void** p) {{ {name}({values}); }}
 extern "C" const int {name}_params = {len(arguments)};
