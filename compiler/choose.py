@@ -208,7 +208,8 @@ class Chooser:
         self.mode = mode
         self.recorded = recorded
         self.progress = progress
-        self.timer = Timer(parts.threads) if mode in ("measure", "finalists") else None
+        times = mode in ("measure", "finalists")
+        self.timer = Timer(parts.threads, device=parts.device) if times else None
         self.workloads = {
             node.name: workload_of(node, graph) for node in graph.nodes if isinstance(node, Conv)
         }

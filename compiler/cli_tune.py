@@ -72,13 +72,14 @@ def tune(
     else:
         budget_s = None
     spec = registry.get(target)
-    from topiarist.compiler.pipeline import require_measurable
+    from topiarist.compiler.pipeline import require_cpu, require_measurable
     from topiarist.compiler.tune import TuneOptions, tune_model
     from topiarist.compiler.worker import Worker
     from topiarist.tuning_logs.sources import open_logs
 
     named = parse_strategy(strategy)
     options = TuneOptions(budget_s, trials, tuple(layers or ()), named, seed)
+    require_cpu(spec, "tune")
     require_measurable(spec)
     logs = open_logs(log, spec)
     with tuning_progress(shown=not as_json) as progress, Worker(threads) as worker:

@@ -35,12 +35,12 @@ def use_compiler(target: TargetSpec) -> None:
 
 @dataclass(frozen=True)
 class CodePacker:
-    """`export_library(fpack_imports=...)`: what is beside the host's code, machine code for GPUs."""
+    """`export_library(fpack_imports=...)`: what is beside the host's code."""
 
     arch: str
 
     def __call__(self, module: Any, is_system_lib: bool, prefix: str, workspace: str) -> str:
-        """Write the imports as a C file; its path."""
+        """Write the imports as a C file, GPUs' machine code among them; its path."""
         from tvm.runtime import _ffi_api
 
         text = _ffi_api.ModulePackImportsToC(module, is_system_lib, prefix)

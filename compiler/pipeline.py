@@ -106,7 +106,10 @@ def compile_model(
         progress=report,
     )
     plans = chooser.plans()
-    if mode == "measure" and not all(plan.settled for plan in plans):
+    # A GPU's caches hold a network's data, and it predicts no branches: what a kernel takes alone
+    # is what it takes. And calls could not be timed one by one without waiting for each.
+    on_cpu = spec.gpu is None
+    if on_cpu and mode == "measure" and not all(plan.settled for plan in plans):
         plan, program = settle(graph, plans, parts, report, recorded)
     else:
         plan, program = plans[0], lower(graph, plans[0], parts)
@@ -116,7 +119,7 @@ def compile_model(
     executable = build(lowered, spec)
     report("generate code", 1, 1)
 
-    if mode == "measure":
+    if on_cpu and mode == "measure":
         spec = with_roofline(spec)
     compiled = CompiledModel(
         executable=executable,
@@ -143,7 +146,9 @@ def require_measurable(spec: TargetSpec) -> None:
     reason = runs_here(spec)
     if reason is None:
         return
-    if spec.toolchain is None:
+    if spec.gpu is not None:
+        remedy = "on a machine with such a GPU, or for another target"
+    elif spec.toolchain is None:
         remedy = "on a machine that has this instruction set, or for another target"
     else:
         remedy = (
@@ -154,6 +159,15 @@ def require_measurable(spec: TargetSpec) -> None:
         f"{reason}, and this times kernels: do it {remedy}. `topiarist prune --density` and "
         "`topiarist compile --no-measure` time nothing."
     )
+
+
+def require_cpu(spec: TargetSpec, command: str) -> None:
+    """What only CPUs can do yet. Raises TargetError."""
+    if spec.gpu is not None:
+        raise TargetError(
+            f"`topiarist {command}` doesn't work for GPUs yet; `topiarist compile` on a machine "
+            f"with such a GPU times the kernels of {spec.name}"
+        )
 
 
 def _recorded(

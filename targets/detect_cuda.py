@@ -41,6 +41,15 @@ def refuses(spec: TargetSpec) -> str | None:
     return None
 
 
+def device_name() -> str:
+    """What the driver calls this machine's first GPU; only where `refuses` found one."""
+    name = ctypes.create_string_buffer(256)
+    driver = ctypes.CDLL(DRIVER)
+    driver.cuInit(0)
+    driver.cuDeviceGetName(name, len(name), 0)
+    return name.value.decode(errors="replace")
+
+
 def runtime_library() -> str | None:
     """CUDA's runtime library: one that the loader finds, or pip's; None where there is none."""
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import platformdirs
 
 from topiarist.errors import TargetError
-from topiarist.targets import board_file, x86
+from topiarist.targets import board_file, cuda, x86
 from topiarist.targets.detect import detect
 from topiarist.targets.spec import TargetSpec
 
@@ -47,7 +47,7 @@ def user_folder() -> Path:
 @cache
 def built_in() -> dict[str, TargetSpec]:
     """The targets that come with the package, by name."""
-    specs = (*x86.PROFILES, *(board.spec for board in board_file.boards()))
+    specs = (*x86.PROFILES, *cuda.PROFILES, *(board.spec for board in board_file.boards()))
     return {spec.name: spec for spec in specs}
 
 

@@ -1,0 +1,130 @@
+"""Whole networks on the emulated GPU: bundles, sessions, graphs, the choice by time."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+from tests.cuda import emulation
+from tests.models import Net, random_inputs, run_onnx, worst_error
+from topiarist.compiler.bundle import read_manifest
+from topiarist.compiler.pipeline import compile_model
+from topiarist.compiler.session import Session
+from topiarist.errors import BundleError
+from topiarist.pruning.one_shot import prune_model
+from topiarist.targets import nvrtc, registry
+
+NAME = "cuda/sm_90"
+RUNS = 2
+needs_compiler = pytest.mark.skipif(nvrtc.missing() is not None, reason=nvrtc.missing() or "")
+Array = NDArray[Any]
+
+
+def network(batch: int = 1) -> onnx.ModelProto:
+    """Every kind of layer, strides over odd planes, a residual, branches, two outputs."""
+    net = Net()
+    x = net.node("Relu", net.conv(net.input(batch, 3, 25, 25), 16, 3, 7, strides=[2, 2]))
+    x = net.node("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
+    inner = net.conv(net.node("Relu", net.conv(x, 16, 16)), 16, 16)
+    x = net.node("Relu", net.node("Add", x, inner))
+    inner = net.node("Relu", net.conv(x, 8, 16, 1))
+    inner = net.node("Relu", net.conv(inner, 8, 8, strides=[2, 2]))
+    shortcut = net.conv(x, 32, 16, 1, strides=[2, 2])
+    x = net.node("Relu", net.node("Add", net.conv(inner, 32, 8, 1), shortcut))
+    mean = net.node("AveragePool", x, kernel_shape=[3, 3], pads=[1] * 4)
+    x = net.node("Concat", net.conv(x, 16, 32, 1), net.conv(x, 16, 32, group=4), mean, axis=1)
+    x = net.node("Sigmoid", net.batch_norm(net.node("Tanh", net.conv(x, 64, 64, group=64)), 64))
+    x = net.node("Flatten", net.node("GlobalAveragePool", x))
+    scores = net.node("Gemm", x, net.weight(10, 64), net.weight(10), transB=1)
+    return net.model(net.node("Softmax", scores, axis=1), scores)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """Outputs of each run, kernels launched by themselves and graphs in each, and the timed."""
+
+    outputs: list[list[Array]]
+    launches: list[tuple[int, int]]
+    timed: int
+
+
+def compile_and_run(model: Path, measure: bool, inputs: list[dict[str, Array]]) -> Ran:
+    """For the process with the GPU."""
+    bundle = model.with_suffix(".topi")
+    compiled = compile_model(
+        model, target=NAME, measure=measure, output=bundle, log=model.parent / "log.jsonl"
+    )
+    timed = sum(len(layer.candidates) for layer in compiled.layers if layer.run_us is not None)
+    session = Session(bundle)
+    outputs, counts = [], [emulation.launches()]
+    for arrays in inputs:
+        outputs.append(session.run(None, arrays))
+        counts.append(emulation.launches())
+    launches = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(counts, counts[1:], strict=False)]
+    return Ran(outputs, launches, timed)
+
+
+@pytest.mark.parametrize(("batch", "density"), [(1, 1.0), (2, 0.1)])
+def test_agrees_with_onnx_runtime(
+    gpu: ProcessPoolExecutor, tmp_path: Path, batch: int, density: float
+) -> None:
+    """On other inputs each time; after the first run nearly all calls are one graph."""
+    model = network(batch)
+    if density < 1:
+        model, _ = prune_model(model, density=density)
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    inputs = [random_inputs(model, batch, seed) for seed in range(RUNS)]
+    ran = gpu.submit(compile_and_run, path, False, inputs).result()
+    for arrays, outputs in zip(inputs, ran.outputs, strict=True):
+        assert worst_error(outputs, run_onnx(model, arrays)) < 1e-5
+    assert ran.launches[0][1] == 0
+    assert all(kernels <= 3 and graphs == 1 for kernels, graphs in ran.launches[1:])
+    kernels = {layer.kernel for layer in read_manifest(path.with_suffix(".topi")).layers}
+    assert ("cuda_sparse" in kernels) == (density < 1)
+
+
+def test_kernels_are_chosen_by_time(gpu: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """On a machine with a GPU; all that was timed is in the log."""
+    net = Net()
+    x = net.conv(net.input(1, 4, 5, 5), 4, 4)
+    model, _ = prune_model(
+        net.model(net.node("Gemm", net.node("Flatten", x), net.weight(5, 100), transB=1)),
+        density=0.3,
+    )
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    inputs = [random_inputs(model)]
+    ran = gpu.submit(compile_and_run, path, True, inputs).result()
+    assert worst_error(ran.outputs[0], run_onnx(model, inputs[0])) < 1e-5
+    records = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert ran.timed == len(records) >= 8
+    assert all('"emulated"' in record for record in records)
+
+
+@needs_compiler
+def test_compiles_without_a_gpu(tmp_path: Path) -> None:
+    """The library holds machine code; opening the bundle says in one sentence what is missing."""
+    path, bundle = tmp_path / "model.onnx", tmp_path / "model.topi"
+    onnx.save(network(), path)
+    compile_model(path, target=NAME, output=bundle)
+    library = (bundle / "lib.so").read_bytes()
+    assert b"\x7fELF" in library[4:] and b"__global__" not in library
+    with pytest.raises(BundleError, match=f"no NVIDIA driver, which {NAME} needs"):
+        Session(bundle)
+
+
+def test_estimates_for_a_gpu() -> None:
+    """`inspect` looks at a model without any GPU."""
+    from topiarist.compiler.estimate import estimate_layers
+
+    model, _ = prune_model(network(), density=0.05)
+    layers = estimate_layers(model, registry.get(NAME))
+    assert layers and all(0 < layer.best_us <= layer.dense_us < np.inf for layer in layers.values())
