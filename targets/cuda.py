@@ -14,8 +14,10 @@ WARP = 32
 MAX_BLOCK_THREADS = 1024
 MAX_BLOCK_SHARED = 48 * KIB  # what a kernel may use without asking for more
 MAX_THREAD_REGISTERS = 255
-# The host's part launches kernels and does nothing else: code for every x86-64 of this century.
-_HOST = INSTRUCTION_SETS[-1]
+# The host's part launches kernels and does nothing else: any code for its processor will do.
+_X86_HOST = {"kind": "llvm", "mcpu": INSTRUCTION_SETS[-1].mcpu}
+_JETSON_HOST = {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a78"}
+_HOSTS = {"sm_87": _JETSON_HOST}
 
 GPUS = (
     Gpu("Tesla T4", "sm_75", 40, 1.59, 64, 1024, 64 * KIB, 96 * KIB, 4 * MIB, 320),
@@ -45,7 +47,7 @@ def _profile(gpu: Gpu) -> TargetSpec:
             "max_threads_per_block": MAX_BLOCK_THREADS,
             "max_shared_memory_per_block": MAX_BLOCK_SHARED,
             "thread_warp_size": WARP,
-            "host": {"kind": "llvm", "mcpu": _HOST.mcpu},
+            "host": _HOSTS.get(gpu.arch, _X86_HOST),
         },
         device_model=gpu.model,
         gpu=gpu,

@@ -56,7 +56,8 @@ class TargetSpec:
     @property
     def triple(self) -> str:
         """LLVM's name of architecture and system; empty for that of this machine."""
-        return str(self.tvm_target.get("mtriple", ""))
+        processor = self.tvm_target.get("host", self.tvm_target)
+        return str(processor.get("mtriple", ""))
 
     @property
     def mcpu(self) -> str:

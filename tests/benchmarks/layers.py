@@ -96,7 +96,7 @@ class Contest:
     """All kernels of one layer, timed alone by the compiler, and any of them to run again."""
 
     def __init__(self, shape: Shape, weight: FloatArray, target: TargetSpec) -> None:
-        self.graph = _graph_of(shape, weight)
+        self.graph = graph_of(shape, weight)
         self.parts = Parts(target, 1)
         self.plan: Plan = Chooser(
             self.graph, self.parts, dense=False, mode="measure", progress=lambda *_: None
@@ -152,11 +152,11 @@ def crossing(densities: Sequence[float], speedups: Sequence[float]) -> float | N
     return float(np.exp(x0 + (x1 - x0) * y0 / (y0 - y1)))
 
 
-def _graph_of(shape: Shape, weight: FloatArray) -> Graph:
+def graph_of(shape: Shape, weight: FloatArray, batch: int = 1) -> Graph:
     """The layer between values that other layers write and read."""
     values = {
-        "x": Value("x", (1, shape.channels, shape.size, shape.size)),
-        "y": Value("y", (1, shape.filters, shape.size, shape.size)),
+        "x": Value("x", (batch, shape.channels, shape.size, shape.size)),
+        "y": Value("y", (batch, shape.filters, shape.size, shape.size)),
     }
     node = Conv(
         name="layer",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from topiarist.compiler.pipeline import compile_model
 from topiarist.compiler.session import Session
 from topiarist.errors import BundleError
 from topiarist.pruning.one_shot import prune_model
-from topiarist.targets import nvrtc, registry
+from topiarist.targets import elf, nvrtc, registry
 
 NAME = "cuda/sm_90"
 RUNS = 2
@@ -67,7 +69,7 @@ def compile_and_run(model: Path, measure: bool, inputs: list[dict[str, Array]]) 
     for arrays in inputs:
         outputs.append(session.run(None, arrays))
         counts.append(emulation.launches())
-    launches = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(counts, counts[1:], strict=False)]
+    launches = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(counts)]
     return Ran(outputs, launches, timed)
 
 
@@ -119,6 +121,20 @@ def test_compiles_without_a_gpu(tmp_path: Path) -> None:
     assert b"\x7fELF" in library[4:] and b"__global__" not in library
     with pytest.raises(BundleError, match=f"no NVIDIA driver, which {NAME} needs"):
         Session(bundle)
+
+
+@needs_compiler
+@pytest.mark.skipif(
+    shutil.which("aarch64-linux-gnu-g++") is None, reason="needs aarch64-linux-gnu-g++"
+)
+def test_boards_with_a_gpu(tmp_path: Path) -> None:
+    """The host's part is for the board's processor."""
+    path, bundle = tmp_path / "model.onnx", tmp_path / "model.topi"
+    net = Net()
+    onnx.save(net.model(net.conv(net.input(1, 3, 5, 5), 4, 3)), path)
+    compile_model(path, target="cuda/sm_87", output=bundle)
+    head = elf.read(bundle / "lib.so")
+    assert head is not None and head.serves("aarch64", 64)
 
 
 def test_estimates_for_a_gpu() -> None:
