@@ -228,12 +228,11 @@ def _fill(
     folder: Path, compiled: CompiledModel, source: SourceModel | None, linker: Linker | None
 ) -> None:
     gpu = compiled.target.gpu
-    packer = None if gpu is None else CodePacker(gpu.arch)
+    options: dict[str, Any] = {} if gpu is None else {"fpack_imports": CodePacker(gpu.arch)}
     if linker is None:
-        _export_here(compiled, folder / LIBRARY, packer)
+        _export_here(compiled, folder / LIBRARY, options)
     else:
-        library = str(folder / LIBRARY)
-        compiled.executable.export_library(library, fcompile=linker, fpack_imports=packer)
+        compiled.executable.export_library(str(folder / LIBRARY), fcompile=linker, **options)
     params = _write_weights(compiled.params, folder / WEIGHTS)
     manifest = Manifest(
         versions=versions(),
@@ -252,7 +251,7 @@ def _fill(
     (folder / MANIFEST).write_text(manifest.dumps(), encoding="utf-8")
 
 
-def _export_here(compiled: CompiledModel, library: Path, packer: CodePacker | None) -> None:
+def _export_here(compiled: CompiledModel, library: Path, options: dict[str, Any]) -> None:
     from tvm.support.cc import get_cc
 
     compiler = get_cc()
@@ -262,7 +261,7 @@ def _export_here(compiled: CompiledModel, library: Path, packer: CodePacker | No
             "install gcc, or set CC to a compiler"
         )
     try:
-        compiled.executable.export_library(str(library), fpack_imports=packer)
+        compiled.executable.export_library(str(library), **options)
     except (RuntimeError, subprocess.CalledProcessError) as error:
         reason = " ".join(str(error).split())[:500]
         raise BuildError(f"{compiler} failed to link the network: {reason}") from error
