@@ -26,7 +26,7 @@ from topiarist.compiler.roofline import with_roofline
 from topiarist.compiler.simplify import simplify
 from topiarist.compiler.trial import settle
 from topiarist.errors import MissingRecordsError, TargetError
-from topiarist.targets import registry
+from topiarist.targets import nvrtc, registry
 from topiarist.targets.detect import runs_here
 from topiarist.targets.linker import AUTOMATIC, LinkOptions, find_linker
 from topiarist.targets.spec import TargetSpec
@@ -82,6 +82,8 @@ def compile_model(
         raise ValueError(f"threads must be at least 1, got {threads}")
     if not max_error >= 0:
         raise ValueError(f"max_error must not be negative, got {max_error}")
+    if spec.gpu is not None:
+        nvrtc.require()
     if output is not None:
         check_writable(output)
         find_linker(spec, link)  # for its errors, before minutes of work

@@ -17,7 +17,7 @@ from topiarist.compiler.bundle import LIBRARY, OpenBundle
 from topiarist.compiler.compiled import TensorSignature
 from topiarist.compiler.gpu_memory import GpuMemory
 from topiarist.compiler.manifest import Manifest
-from topiarist.errors import BundleError
+from topiarist.errors import BundleError, TopiaristError
 
 Array = NDArray[Any]
 
@@ -94,14 +94,21 @@ class Session:
         """Run the network and return the named outputs, or all of them for None.
 
         The first axis may be a multiple of the compiled batch: the network then runs several
-        times. Raises ValueError, with what was expected, for other names, dtypes or shapes.
+        times. Raises ValueError, with what was expected, for other names, dtypes or shapes, and
+        TopiaristError where a GPU fails, for want of memory for one.
         """
         wanted = self._positions(output_names)
         arrays = self._checked(inputs)
         chunks = self._chunks(arrays)
         results = [_batched_empty(s, chunks) for s in self.outputs]
         with self._lock:
-            self._pool.call(lambda: self._run_chunks(arrays, results, chunks))
+            try:
+                self._pool.call(lambda: self._run_chunks(arrays, results, chunks))
+            except RuntimeError as error:
+                if self._gpu is None:
+                    raise
+                reason = " ".join(str(error).split())
+                raise TopiaristError(f"the GPU failed: {reason[:300]}") from error
         return [results[i] for i in wanted]
 
     def _run_chunks(self, arrays: list[Array], results: list[Array], chunks: int) -> None:

@@ -53,10 +53,15 @@ class Compiled:
     log: str
 
 
+def require() -> None:
+    """Raise TargetError, with what to install, where nothing can be compiled for a GPU."""
+    _library()
+
+
 def missing() -> str | None:
     """Why nothing can be compiled for a GPU here, None where it can."""
     try:
-        _library()
+        require()
     except TargetError as error:
         return str(error)
     return None

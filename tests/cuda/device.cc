@@ -44,7 +44,11 @@ typedef std::chrono::steady_clock Clock;
 static std::map<void*, std::pair<void*, size_t>> mapped;
 static Graph* capturing;
 static const size_t kPage = 4096, kAlignment = 256;
-static const int kOk = 0, kInvalidValue = 1, kNotFound = 500;
+static const int kOk = 0, kInvalidValue = 1, kOutOfMemory = 2, kNotFound = 500;
+
+// What the device has left for new buffers.
+extern "C" size_t emulated_memory;
+size_t emulated_memory = ~static_cast<size_t>(0);
 
 // What a test may ask: launches since the start, by themselves and in graphs.
 extern "C" int emulated_launches, emulated_graphs;
@@ -115,6 +119,8 @@ int cudaGetDeviceProperties(void*, int) { return kInvalidValue; }
 int cudaMemGetInfo(size_t* free, size_t* total) { return *free = *total = 1 << 30, kOk; }
 int cudaMalloc(void** pointer, size_t size) {
   size = (size + kAlignment - 1) / kAlignment * kAlignment;
+  if (size > emulated_memory) return kOutOfMemory;
+  emulated_memory -= size;
   size_t pages = (size + kPage - 1) / kPage * kPage;
   char* start = static_cast<char*>(mmap(nullptr, pages + kPage, PROT_READ | PROT_WRITE,
                                         MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
@@ -143,7 +149,9 @@ int cudaMemcpyPeerAsync() { return kInvalidValue; }
 int cudaGetLastError() { return kOk; }
 int cudaPeekAtLastError() { return kOk; }
 const char* cudaGetErrorName(int) { return "emulated error"; }
-const char* cudaGetErrorString(int) { return "emulated error"; }
+const char* cudaGetErrorString(int error) {
+  return error == kOutOfMemory ? "out of memory" : "emulated error";
+}
 
 int cudaStreamCreate(void** stream) { return *stream = new char, kOk; }
 int cudaStreamCreateWithFlags(void** stream, unsigned) { return cudaStreamCreate(stream); }

@@ -46,7 +46,7 @@ def load(folder: Path) -> None:
     def compile_source(source: str, arch: str, *, ptx: bool = False) -> nvrtc.Compiled:
         return nvrtc.Compiled(compile_for_processor(source, folder), "")
 
-    nvrtc.compile_source = compile_source
+    nvrtc.compile_source, nvrtc.require = compile_source, lambda: None
     tvm_ffi.register_global_func(
         "tvm_callback_cuda_compile",
         lambda source: compile_for_processor(source, folder),
@@ -58,6 +58,11 @@ def launches() -> tuple[int, int]:
     """Kernels that were launched by themselves, and graphs."""
     counters = ("emulated_launches", "emulated_graphs")
     return tuple(ctypes.c_int.in_dll(_loaded[0], name).value for name in counters)
+
+
+def grant_memory(size: int) -> None:
+    """How much memory the GPU has left for new buffers."""
+    ctypes.c_size_t.in_dll(_loaded[0], "emulated_memory").value = size
 
 
 def compile_for_processor(source: str, folder: Path) -> bytes:

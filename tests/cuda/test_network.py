@@ -19,7 +19,7 @@ from tests.models import Net, random_inputs, run_onnx, worst_error
 from topiarist.compiler.bundle import read_manifest
 from topiarist.compiler.pipeline import compile_model
 from topiarist.compiler.session import Session
-from topiarist.errors import BundleError
+from topiarist.errors import BundleError, TargetError, TopiaristError
 from topiarist.pruning.one_shot import prune_model
 from topiarist.targets import elf, nvrtc, registry
 
@@ -111,6 +111,33 @@ def test_kernels_are_chosen_by_time(gpu: ProcessPoolExecutor, tmp_path: Path) ->
     assert all('"emulated"' in record for record in records)
 
 
+def run_without_memory(bundle: Path, loading: int, running: int) -> str:
+    """For the process with the GPU: what a session says when it has so many bytes."""
+    try:
+        emulation.grant_memory(loading)
+        session = Session(bundle)
+        emulation.grant_memory(running)
+        session.run(None, {s.name: np.zeros(s.shape, s.dtype) for s in session.inputs})
+    except TopiaristError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        emulation.grant_memory(1 << 40)
+    return "nothing"
+
+
+def test_out_of_memory(gpu: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """While weights are loaded, and when a run needs its buffers."""
+    net = Net()
+    path, plenty = tmp_path / "model.onnx", 1 << 30
+    onnx.save(net.model(net.conv(net.input(1, 4, 5, 5), 4, 4)), path)
+    gpu.submit(compile_and_run, path, False, []).result()
+    bundle = path.with_suffix(".topi")
+    said = [gpu.submit(run_without_memory, bundle, *m).result() for m in ((0, 0), (plenty, 0))]
+    assert said[0].startswith("BundleError: ") and "out of memory" in said[0]
+    assert said[1].startswith("TopiaristError: the GPU failed: ") and "out of memory" in said[1]
+    assert gpu.submit(run_without_memory, bundle, plenty, plenty).result() == "nothing"
+
+
 @needs_compiler
 def test_compiles_without_a_gpu(tmp_path: Path) -> None:
     """The library holds machine code; opening the bundle says in one sentence what is missing."""
@@ -135,6 +162,17 @@ def test_boards_with_a_gpu(tmp_path: Path) -> None:
     compile_model(path, target="cuda/sm_87", output=bundle)
     head = elf.read(bundle / "lib.so")
     assert head is not None and head.serves("aarch64", 64)
+
+
+def test_a_missing_compiler_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the model is read."""
+    monkeypatch.setattr(nvrtc, "PACKAGE", "no-such-package")
+    nvrtc._library.cache_clear()
+    with pytest.raises(TargetError, match=r"pip install 'topiarist\[cuda\]'"):
+        compile_model(tmp_path / "missing.onnx", target=NAME)
+    nvrtc._library.cache_clear()
 
 
 def test_estimates_for_a_gpu() -> None:
