@@ -396,17 +396,31 @@ def _in_step(source: ChannelView | PlainLayout, to: ChannelView, strides: tuple[
 Step = tuple[Any, list[str], tuple[tuple[int, ...], str]]
 
 
+def _renamed(expression: Any, variables: dict[str, Any]) -> Any:
+    """A call with other variables for its own, by their names."""
+    if isinstance(expression, relax.Var):
+        return variables[expression.name]
+    if isinstance(expression, relax.Tuple):
+        return relax.Tuple([_renamed(field, variables) for field in expression.fields])
+    if isinstance(expression, relax.Call):
+        args = [_renamed(arg, variables) for arg in expression.args]
+        return relax.Call(expression.op, args, expression.attrs, expression.ty_args)
+    return expression
+
+
 def _legalise(node: Opaque) -> tuple[list[Step], dict[str, NDArray[Any]]]:
     """(function, argument names, output shape and dtype) of each call, and the constants.
 
     Arguments are named by their Relax variable, "step i" for the result of step i.
     """
-    params = list({v.name: v for v in node.arguments}.values())
+    params = {v.name: v for v in node.arguments}
+    # TVM writes the names of variables into CUDA source as they are, and the model's are anything.
+    plain = {name: relax.Var(f"input_{i}", params[name].ty) for i, name in enumerate(params)}
     builder = relax.BlockBuilder()
-    with builder.function("main", params):
-        builder.emit_func_output(builder.emit(node.call))
+    with builder.function("main", list(plain.values())):
+        builder.emit_func_output(builder.emit(_renamed(node.call, plain)))
     module = relax.transform.LegalizeOps()(builder.get())
-    names: dict[str, str] = {variable.name: variable.name for variable in params}
+    names: dict[str, str] = {variable.name: name for name, variable in plain.items()}
     steps: list[Step] = []
     constants: dict[str, NDArray[Any]] = {}
     for binding_block in module["main"].body.blocks:

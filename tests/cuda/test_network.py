@@ -45,7 +45,13 @@ def network(batch: int = 1) -> onnx.ModelProto:
     x = net.node("Sigmoid", net.batch_norm(net.node("Tanh", net.conv(x, 64, 64, group=64)), 64))
     x = net.node("Flatten", net.node("GlobalAveragePool", x))
     scores = net.node("Gemm", x, net.weight(10, 64), net.weight(10), transB=1)
-    return net.model(net.node("Softmax", scores, axis=1), scores)
+    model = net.model(net.node("Softmax", scores, axis=1), scores)
+    for node in model.graph.node:  # names that are none in C
+        for tensors in (node.input, node.output):
+            tensors[:] = [t.replace("t", "t/0:") if t.startswith("t") else t for t in tensors]
+    for output in model.graph.output:
+        output.name = output.name.replace("t", "t/0:")
+    return model
 
 
 @dataclass(frozen=True)
