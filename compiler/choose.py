@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from topiarist.compiler.gpu_timer import timer_for
 from topiarist.compiler.graph import Conv, Graph, Linear
 from topiarist.compiler.lattice import MOVED_VALUES_PER_US, assign_lattices, find_levels
 from topiarist.compiler.layouts import LayoutPlan, LayoutPlanner, Place
-from topiarist.compiler.measure import Timer
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Ref
 from topiarist.compiler.recorded import Device, Recorded, strip
@@ -209,7 +209,7 @@ class Chooser:
         self.recorded = recorded
         self.progress = progress
         times = mode in ("measure", "finalists")
-        self.timer = Timer(parts.threads, device=parts.device) if times else None
+        self.timer = timer_for(parts) if times else None
         self.workloads = {
             node.name: workload_of(node, graph) for node in graph.nodes if isinstance(node, Conv)
         }

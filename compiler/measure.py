@@ -40,11 +40,13 @@ def taking_turns(args: Sequence[Any], device: Any = None) -> Arguments:
     )
 
 
-class Timer:
-    """Times kernels on a device, by default the CPU; keeps the buffers of their tensors.
+def calls_of_slice(seconds: float) -> int:
+    """How many calls of so many seconds each are timed together."""
+    return max(1, int(SLICE_S / max(seconds, 1e-7)))
 
-    A GPU's kernels are launched one after the other, and the last is waited for.
-    """
+
+class Timer:
+    """Times kernels; keeps the buffers that their tensors live in, on the CPU by default."""
 
     def __init__(self, threads: int, clock: Clock = time.perf_counter, device: Any = None) -> None:
         self.pool = ThreadPool(threads)
@@ -60,20 +62,18 @@ class Timer:
         arguments = taking_turns(
             [self._tensor(arg) if isinstance(arg, Ref) else arg for arg in args], self.device
         )
+        return self.pool.call(lambda: self.repeats(function, arguments))
 
-        def repeats() -> tuple[float, ...]:
-            function(*next(arguments))
-            self.device.sync()
-            number = max(1, int(SLICE_S / max(self._time(function, arguments, 1), 1e-7)))
-            return tuple(self._time(function, arguments, number) for _ in range(REPEATS))
-
-        return self.pool.call(repeats)
+    def repeats(self, function: Callable[..., None], arguments: Arguments) -> tuple[float, ...]:
+        """Seconds of a call, each over enough calls to be read off a clock."""
+        function(*next(arguments))
+        number = calls_of_slice(self._time(function, arguments, 1))
+        return tuple(self._time(function, arguments, number) for _ in range(REPEATS))
 
     def _time(self, function: Callable[..., None], arguments: Arguments, number: int) -> float:
         start = self.clock()
         for _ in range(number):
             function(*next(arguments))
-        self.device.sync()
         return (self.clock() - start) / number
 
     def _tensor(self, ref: Ref) -> Any:
