@@ -119,7 +119,7 @@ def test_kernels_are_chosen_by_time(gpu: ProcessPoolExecutor, tmp_path: Path) ->
     ran = gpu.submit(compile_and_run, path, True, inputs).result()
     assert worst_error(ran.outputs[0], run_onnx(model, inputs[0])) < 1e-5
     records = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert ran.timed == len(records) >= 5
+    assert ran.timed == len(records) >= 3
     assert ran.graphs_while_compiling >= len(records) * REPEATS
     assert all('"emulated"' in record for record in records)
 
