@@ -9,7 +9,7 @@ import typer
 
 from topiarist.compiler.cli_output import Debug, Json, command, print_json, print_table, say
 from topiarist.errors import TargetError
-from topiarist.targets import registry
+from topiarist.targets import board_file, registry
 from topiarist.targets.detect import runs_here
 from topiarist.targets.explain import describe
 from topiarist.targets.spec import TargetSpec
@@ -35,7 +35,7 @@ def list_targets(as_json: Json = False, debug: Debug = False) -> None:
                 for e in members
             ],
         )
-    say(f"your own: a file each in {registry.user_folder()}, or `--target FILE.toml`")
+    say(f"your own: a file each in {board_file.user_folder()}, or `--target FILE.toml`")
 
 
 @app.command("show")

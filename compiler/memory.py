@@ -29,7 +29,7 @@ def plan_memory(program: Program) -> MemoryPlan:
         name = call.output.buffer
         if name not in storage_of and name not in given:
             storage_of[name] = _take(size[name], sizes, [] if name in kept else free)
-        for ref in {r.buffer for r in (*call.reads, call.output)}:
+        for ref in dict.fromkeys(r.buffer for r in (*call.reads, call.output)):
             if last[ref] == i and ref in storage_of and ref not in kept:
                 free.append(storage_of[ref])
     return MemoryPlan(storage_of, tuple(sizes))

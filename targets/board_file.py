@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import platformdirs
 
 from topiarist.errors import TargetError
 from topiarist.targets import arm, fields, llvm
@@ -56,9 +59,27 @@ def boards() -> tuple[Board, ...]:
     return tuple(read(path) for path in sorted(FOLDER.glob(f"*{SUFFIX}")))
 
 
+def user_folder() -> Path:
+    """Where the user's own boards are, a file each."""
+    return platformdirs.user_data_path("topiarist", appauthor=False) / "targets"
+
+
+def users_files() -> list[Path]:
+    """The files in the user's folder, by name."""
+    return sorted(user_folder().glob(f"*{SUFFIX}"))
+
+
 def board_of(compatible: Sequence[str]) -> Board | None:
-    """The board that a device tree's names give away, None for an unknown one."""
-    return next((b for name in compatible for b in boards() if name in b.compatible), None)
+    """The board that a device tree's names give away, the user's own ones first; else None."""
+    known = [*_users_boards(), *boards()]
+    return next((b for name in compatible for b in known if name in b.compatible), None)
+
+
+def _users_boards() -> Iterator[Board]:
+    """The user's, without the files that are wrong: `targets list` names these."""
+    for path in users_files():
+        with contextlib.suppress(TargetError):
+            yield read(path)
 
 
 def read(path: Path) -> Board:

@@ -12,7 +12,7 @@ class Core:
     """A kind of core; `mcpu` is LLVM's name.
 
     `fma_per_cycle` counts fused multiply-adds of four fp32 values that start in a cycle, from
-    ARM's optimization guides. `parts` are the numbers (implementer, part) that Linux shows.
+    ARM's optimization guides where there is one. `parts` are the numbers (implementer, part) that Linux shows.
     """
 
     mcpu: str

@@ -52,7 +52,11 @@ class Linker:
         program = self.command[0]
         try:
             done = subprocess.run(
-                [*self.command, "-o", output, *objects], capture_output=True, text=True, check=False
+                [*self.command, "-o", output, *objects],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
             )
         except OSError as error:
             raise BuildError(f"{program} can't be run: {error.strerror}") from error
@@ -142,7 +146,9 @@ def _named(
 def _machine_of(compiler: str) -> str:
     """What a compiler that follows GCC's habits says it compiles for."""
     try:
-        done = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True, timeout=9)
+        done = subprocess.run(
+            [compiler, "-dumpmachine"], capture_output=True, text=True, errors="replace", timeout=9
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -6,8 +6,6 @@ import difflib
 from functools import cache
 from pathlib import Path
 
-import platformdirs
-
 from topiarist.errors import TargetError
 from topiarist.targets import board_file, cuda, x86
 from topiarist.targets.detect import detect
@@ -17,8 +15,8 @@ HOST = "host"
 
 
 def names() -> list[str]:
-    """All target names: `host`, this machine, is the first; the user's are the last."""
-    return [HOST, *sorted(built_in()), *sorted(_of_users_folder())]
+    """All target names: `host`, this machine, then family by family; the user's are the last."""
+    return [HOST, *built_in(), *_of_users_folder()]
 
 
 def get(name: str) -> TargetSpec:
@@ -39,11 +37,6 @@ def get(name: str) -> TargetSpec:
     raise TargetError(f"no target {name!r}; {hint}`topiarist targets list` shows them all")
 
 
-def user_folder() -> Path:
-    """Where the user's own targets are, a file each."""
-    return platformdirs.user_data_path("topiarist", appauthor=False) / "targets"
-
-
 @cache
 def built_in() -> dict[str, TargetSpec]:
     """The targets that come with the package, by name."""
@@ -59,5 +52,6 @@ def _of_user(path: Path) -> TargetSpec:
 
 def _of_users_folder() -> dict[str, Path]:
     """The user's files by name; one with a name that is taken by its path, to be complained of."""
-    files = sorted(user_folder().glob(f"*{board_file.SUFFIX}"))
-    return {str(p) if p.stem in built_in() else p.stem: p for p in files}
+    files = board_file.users_files()
+    taken = {HOST, *built_in()}
+    return {str(p) if p.stem in taken else p.stem: p for p in files}

@@ -25,8 +25,8 @@ class Toolchain:
 
     @property
     def compiler(self) -> str:
-        """The C++ compiler, which links."""
-        return f"{self.prefix}-g++"
+        """The C++ compiler, which links; empty where only a vendor's kit has one."""
+        return f"{self.prefix}-g++" if self.prefix else ""
 
 
 AARCH64 = Toolchain(

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from topiarist.compiler import cli_bundles, cli_prune
 from topiarist.compiler.cli import app
-from topiarist.targets import registry
+from topiarist.targets import board_file, registry
 
 HAS_PIPELINE = importlib.util.find_spec("topiarist.compiler.pipeline") is not None
 needs_pipeline = pytest.mark.skipif(not HAS_PIPELINE, reason="topiarist.compiler.pipeline")
@@ -90,11 +90,27 @@ def test_targets_list_on_a_machine_that_is_unknown(monkeypatch: pytest.MonkeyPat
     assert not any(t["runs_here"] for t in others)
 
 
+def test_targets_list_shows_a_wrong_file_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    board_file.user_folder().mkdir(parents=True)
+    (board_file.user_folder() / "mine.toml").write_text('model = "Mine"')
+    own = call_json("targets", "list")["targets"][-1]
+    assert own["name"] == "mine" and "triple is missing" in own["problem"]
+    text = call("targets", "list").stdout
+    assert text.count("ARM boards") == 1 and text.count("x86-64 processors") == 1
+    assert "your own" in text and "triple is missing" in " ".join(text.split())
+
+
 def test_targets_show_and_detect() -> None:
     assert call_json("targets", "show", "x86-avx512")["lanes"] == 16
     detected = call_json("targets", "detect")
     assert detected["runs_here"] and detected["isa"] in call("targets", "detect").stdout
     assert_error(call("targets", "show", "x86-avx3"), "x86-avx2", "targets list")
+    board = call("targets", "show", "rk3588").stdout
+    assert "4 x cortex-a76 at 2.4 GHz (out of order), for which code is made" in board
+    assert "g++-aarch64-linux-gnu" in board and "qemu-user" in board
 
 
 def test_inspect(conv_model: Path) -> None:

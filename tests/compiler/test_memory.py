@@ -70,3 +70,19 @@ def test_freed_storage_grows() -> None:
     memory = plan_memory(program)
     check(program, memory)
     assert sorted(memory.sizes) == [64, 64, 448]
+
+
+def test_names_of_buffers_do_not_decide() -> None:
+    """Two storages of one size become free at once: the order of a set of names is chance."""
+
+    def storages(names: list[str]) -> list[int]:
+        x, a, b, c, d, e = (Ref(name, (16,)) for name in names)
+        calls = [
+            *(Call("1", "f", (x, a)), Call("2", "f", (x, b)), Call("3", "g", (a, b, c))),
+            *(Call("4", "f", (c, d)), Call("5", "g", (c, d, e))),
+        ]
+        memory = plan_memory(Program((x,), calls=calls, outputs=(e,)))
+        return [memory.storage_of[name] for name in names[1:]]
+
+    plans = {tuple(storages([f"{name}{i}" for name in "xabcde"])) for i in range(20)}
+    assert len(plans) == 1

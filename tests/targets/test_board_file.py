@@ -27,8 +27,8 @@ l2_kib = 128
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's folder of targets."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    registry.user_folder().mkdir(parents=True)
-    return registry.user_folder()
+    board_file.user_folder().mkdir(parents=True)
+    return board_file.user_folder()
 
 
 def write(folder: Path, text: str = GOOD, name: str = "mine.toml") -> Path:
@@ -57,6 +57,14 @@ def test_a_file_in_the_users_folder_has_a_name(folder: Path) -> None:
     assert registry.get("mine").device_model == "My board"
     with pytest.raises(TargetError, match="did you mean mine"):
         registry.get("mine2")
+
+
+def test_a_board_of_the_users_is_recognised(folder: Path) -> None:
+    assert board_file.board_of(["maker,mine"]) is None
+    write(folder, replaced("[[cores]]", 'compatible = ["maker,mine"]\n[[cores]]'))
+    write(folder, "nothing that could be read", "wrong.toml")
+    board = board_file.board_of(["maker,other", "maker,mine"])
+    assert board is not None and board.spec.name == "mine"
 
 
 def test_a_core_that_only_llvm_knows(tmp_path: Path) -> None:
@@ -122,8 +130,9 @@ def test_a_name_that_is_taken(name: str, folder: Path) -> None:
         registry.get(str(path))
 
 
-def test_a_taken_name_shows_in_the_list(folder: Path) -> None:
-    path = write(folder, name="rpi4.toml")
+@pytest.mark.parametrize("name", ["rpi4", "host"])
+def test_a_taken_name_shows_in_the_list(name: str, folder: Path) -> None:
+    path = write(folder, name=f"{name}.toml")
     assert registry.names()[-1] == str(path)
     assert registry.get("rpi4").device_model == "Raspberry Pi 4 (BCM2711)"
 

@@ -94,6 +94,12 @@ def test_a_compiler_of_the_users(name: str, says: str, problem: str | None, tmp_
             chosen(tmp_path, options=options)
 
 
+def test_another_compiler_for_android(tmp_path: Path) -> None:
+    other = program(tmp_path, "cc", "echo x86_64-linux-gnu")
+    with pytest.raises(BuildError, match="and android is aarch64-linux-android; the NDK would do"):
+        chosen(tmp_path, "android", LinkOptions(linker=other))
+
+
 def test_soft_float_is_another_machine(tmp_path: Path) -> None:
     soft = program(tmp_path, "soft", "echo arm-linux-gnueabi")
     with pytest.raises(BuildError, match="is for arm-linux-gnueabi, and armv7 is armv7l-linux-gn"):
