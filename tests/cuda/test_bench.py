@@ -42,10 +42,9 @@ def test_static_figures() -> None:
 
 
 def run_ours(x: np.ndarray) -> np.ndarray:
-    """For the process with the GPU: the layer as it is timed, on all copies in turn."""
+    """For the process with the GPU: the layer as it is timed."""
     launch, output = bench_cuda._ours(bench_cuda.choose(CASE, TARGET, "estimate"), x)
-    for _ in range(bench_cuda.COPIES):
-        launch()
+    launch()
     return output()
 
 
