@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from topiarist.compiler import manifest as manifests
 from topiarist.compiler.compiled import CompiledModel
+from topiarist.compiler.gpu_code import CodePacker
 from topiarist.compiler.manifest import FileEntry, Manifest, ParamEntry, SourceModel
 from topiarist.compiler.runtime import ALIGNMENT, versions
 from topiarist.errors import BuildError, BundleError, ModelError, OutputError
@@ -243,10 +244,12 @@ def _altered(path: Path) -> BundleError:
 def _fill(
     folder: Path, compiled: CompiledModel, source: SourceModel | None, linker: Linker | None
 ) -> None:
+    gpu = compiled.target.gpu
+    options: dict[str, Any] = {} if gpu is None else {"fpack_imports": CodePacker(gpu.arch)}
     if linker is None:
-        _export_here(compiled, folder / LIBRARY)
+        _export_here(compiled, folder / LIBRARY, options)
     else:
-        compiled.executable.export_library(str(folder / LIBRARY), fcompile=linker)
+        compiled.executable.export_library(str(folder / LIBRARY), fcompile=linker, **options)
     params = _write_weights(compiled.params, folder / WEIGHTS)
     manifest = Manifest(
         versions=versions(),
@@ -265,7 +268,7 @@ def _fill(
     (folder / MANIFEST).write_text(manifest.dumps(), encoding="utf-8")
 
 
-def _export_here(compiled: CompiledModel, library: Path) -> None:
+def _export_here(compiled: CompiledModel, library: Path, options: dict[str, Any]) -> None:
     from tvm.support.cc import get_cc
 
     compiler = get_cc()
@@ -275,7 +278,7 @@ def _export_here(compiled: CompiledModel, library: Path) -> None:
             "install gcc, or set CC to a compiler"
         )
     try:
-        compiled.executable.export_library(str(library))
+        compiled.executable.export_library(str(library), **options)
     except (RuntimeError, subprocess.CalledProcessError) as error:
         reason = " ".join(str(error).split())[:500]
         raise BuildError(f"{compiler} failed to link the network: {reason}") from error

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from topiarist.compiler.gpu_timer import timer_for
 from topiarist.compiler.graph import Conv, Graph, Linear
 from topiarist.compiler.lattice import MOVED_VALUES_PER_US, assign_lattices, find_levels
 from topiarist.compiler.layouts import LayoutPlan, LayoutPlanner, Place
-from topiarist.compiler.measure import Timer
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Ref
 from topiarist.compiler.recorded import Recorded, strip
@@ -29,7 +29,7 @@ from topiarist.schedules.cpu import linear, relayout
 from topiarist.schedules.cpu.core import core_of
 from topiarist.schedules.cpu.kernels import MAX_SPARSE_DENSITY
 from topiarist.schedules.kernel import ConvKernel, ConvSite, ConvViews, KernelConfig
-from topiarist.schedules.kernels import CONV_KERNELS
+from topiarist.schedules.kernels import kernels_for
 from topiarist.schedules.layout import PlainLayout, View
 from topiarist.schedules.workload import ConvWorkload, signature
 from topiarist.targets.spec import TargetSpec
@@ -329,7 +329,7 @@ class Chooser:
     def _takers(self, site: ConvSite) -> tuple[list[ConvKernel[Any]], list[str]]:
         """The kernels that take the layer, and why the others don't."""
         usable, refusals = [], []
-        for kernel in CONV_KERNELS:
+        for kernel in kernels_for(self.target):
             if self.dense and kernel.sparse:
                 continue
             refusal = kernel.refuses(site.workload, self.target)
@@ -485,15 +485,15 @@ class Chooser:
         x = Ref("x", (shape.batch * shape.inputs,))
         y = Ref("y", (shape.batch * shape.outputs,))
         name = linear_function(self.parts, kernel, shape)
-        seconds = self._seconds(name, [x, *linear_params(kernel, node, self.target.lanes), y])
+        seconds = self._seconds(name, [x, *linear_params(self.parts, kernel, node), y])
         if self.recorded is not None:
             self.recorded.add(self.recorded.device.what_linear(node, shape, kernel), seconds)
         return Candidate(kernel, None, typical_us(seconds))
 
 
 def seconds_here(parts: Parts) -> CallSeconds:
-    """Times functions of the parts on this machine."""
-    timer = Timer(parts.threads)
+    """Times functions of the parts on this machine, or on its GPU."""
+    timer = timer_for(parts)
     return lambda name, args: timer.seconds(parts.compiled([name])[name], args)
 
 
@@ -516,9 +516,10 @@ def linear_shape(node: Linear, batch: int) -> linear.LinearShape:
 
 def linear_function(parts: Parts, kernel: str, shape: linear.LinearShape) -> str:
     """The name of a fully connected kernel's function."""
+    made = parts.operators.linear
     make = {
-        "sparse_linear": linear.sparse_linear_prim_func,
-        "dense_linear": linear.dense_linear_prim_func,
+        "sparse_linear": made.sparse_linear_prim_func,
+        "dense_linear": made.dense_linear_prim_func,
     }[kernel]
     lanes = parts.target.lanes
     return parts.function(
@@ -526,25 +527,26 @@ def linear_function(parts: Parts, kernel: str, shape: linear.LinearShape) -> str
     )
 
 
-def linear_params(kernel: str, node: Linear, lanes: int) -> list[Any]:
+def linear_params(parts: Parts, kernel: str, node: Linear) -> list[Any]:
     """The constants of a fully connected kernel, bias last."""
+    made, lanes = parts.operators.linear, parts.target.lanes
     if kernel == "sparse_linear":
-        return [*linear.pack_sparse_linear(node.weight, lanes), node.bias]
-    return [linear.pack_dense_linear(node.weight, lanes), node.bias]
+        return [*made.pack_sparse_linear(node.weight, lanes), node.bias]
+    return [made.pack_dense_linear(node.weight, lanes), node.bias]
 
 
 def move(
     parts: Parts, source: View | PlainLayout, target: View | PlainLayout, batch: int
 ) -> tuple[str, list[Any]]:
     """The name of a relayout's function, and its tables."""
-    threads = parts.threads
+    threads, made = parts.threads, parts.operators.relayout
     key = ("move", source, target, batch)
     if isinstance(target, View):
         layout = source.layout if isinstance(source, View) else source
         name = parts.function(
             key,
             "move",
-            lambda name: relayout.to_lanes_prim_func(
+            lambda name: made.to_lanes_prim_func(
                 name, source, target, batch=batch, threads=threads
             ),
         )
@@ -553,7 +555,7 @@ def move(
     name = parts.function(
         key,
         "move",
-        lambda name: relayout.from_lanes_prim_func(name, source, batch=batch, threads=threads),
+        lambda name: made.from_lanes_prim_func(name, source, batch=batch, threads=threads),
     )
     return name, [relayout.from_lanes_table(source.layout)]
 

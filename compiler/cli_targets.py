@@ -15,7 +15,7 @@ from topiarist.targets.explain import describe
 from topiarist.targets.spec import TargetSpec
 
 app = typer.Typer(no_args_is_help=True, help="The devices that code can be generated for.")
-_FAMILIES = {"x86": "x86-64 processors", "arm": "ARM boards and processors"}
+_FAMILIES = {"x86": "x86-64 processors", "arm": "ARM boards and processors", "cuda": "NVIDIA GPUs"}
 
 
 @app.command("list")

@@ -80,11 +80,13 @@ def tune(
     else:
         budget_s = None
     spec = registry.get(target)
+    from topiarist.compiler.pipeline import require_cpu
     from topiarist.compiler.tune import TuneOptions, tune_model
     from topiarist.tuning_logs.sources import open_logs
 
     named = parse_strategy(strategy)
     options = TuneOptions(budget_s, trials, tuple(layers or ()), named, seed)
+    require_cpu(spec, "tune")
     logs = open_logs(log, spec)
     with tuning_progress(shown=not as_json) as progress, _machine(spec, threads, tracker, key) as m:
         measurer, where = m

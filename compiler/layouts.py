@@ -251,7 +251,7 @@ class LayoutPlanner:
 
     def _layout(self, shape: tuple[int, ...], want: _Want) -> LaneLayout:
         grid = want.lattice.grid(shape[2], shape[3])
-        if want.padded:
+        if want.padded or grid.lanes == 1:  # tiles keep vectors together, and here are none
             return LaneLayout(shape[1], grid, want.halo, None, want.fill)
         tile = largest_tile(grid.rows, grid.cols, self.tile_vectors)
         return LaneLayout(shape[1], grid, NO_HALO, tile)

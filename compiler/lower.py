@@ -38,7 +38,7 @@ from topiarist.compiler.layouts import Place
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Call, Program, Ref
 from topiarist.errors import ModelError
-from topiarist.schedules.cpu import elementwise, pooling, relayout
+from topiarist.schedules.cpu import pooling, relayout
 from topiarist.schedules.kernels import conv_kernel
 from topiarist.schedules.layout import PlainLayout
 from topiarist.schedules.layout import View as ChannelView
@@ -59,6 +59,7 @@ class _Lowering:
         self.plan = plan
         self.parts = parts
         self.threads = parts.threads
+        self.made = parts.operators
         self.alias: dict[str, str] = {}  # value -> the value whose buffer it shares
         self.copied: set[str] = set()
         inputs = tuple(self._plain_ref(name) for name in graph.inputs)
@@ -164,11 +165,10 @@ class _Lowering:
 
     def _linear(self, node: Linear) -> None:
         choice = self.plan.choices[node.name].chosen
-        lanes = self.parts.target.lanes
         shape = linear_shape(node, self._batch(node.inputs[0]))
         name = self._use(linear_function(self.parts, choice.kernel, shape))
         params = self.parts.constants(
-            (node.name, choice.kernel), lambda: linear_params(choice.kernel, node, lanes)
+            (node.name, choice.kernel), lambda: linear_params(self.parts, choice.kernel, node)
         )
         self._call(node.name, name, self._reads(node)[0][1], *params, self._writes(node)[1])
 
@@ -179,7 +179,7 @@ class _Lowering:
         name = self._function(
             (node.mode, source, to, node.kernel, node.strides, node.padding, batch),
             f"{node.mode}_pool",
-            lambda name: pooling.pool_prim_func(
+            lambda name: self.made.pooling.pool_prim_func(
                 name,
                 node.mode,
                 source,
@@ -216,7 +216,7 @@ class _Lowering:
             name = self._function(
                 ("pick", source, to, node.strides, batch),
                 "pick",
-                lambda name: pooling.pool_prim_func(
+                lambda name: self.made.pooling.pool_prim_func(
                     name,
                     "max",
                     source,
@@ -233,7 +233,7 @@ class _Lowering:
         name = self._function(
             ("gather", source, to, batch),
             "gather",
-            lambda name: relayout.to_lanes_prim_func(
+            lambda name: self.made.relayout.to_lanes_prim_func(
                 name, source, to, batch=batch, threads=self.threads
             ),
         )
@@ -250,7 +250,7 @@ class _Lowering:
         name = self._function(
             ("global", view, batch),
             "global_average",
-            lambda name: pooling.global_average_prim_func(
+            lambda name: self.made.pooling.global_average_prim_func(
                 name, view, batch=batch, threads=self.threads
             ),
         )
@@ -264,12 +264,12 @@ class _Lowering:
         lanes = [view for view in views if isinstance(view, ChannelView)]
         batch = self._batch(node.output)
         if len(lanes) == 3:
-            make: Callable[[str], Any] = lambda name: elementwise.add_prim_func(  # noqa: E731
+            make: Callable[[str], Any] = lambda name: self.made.elementwise.add_prim_func(  # noqa: E731
                 name, *lanes, activation=bounds, batch=batch, threads=self.threads
             )
         else:
             layout = PlainLayout(self.graph.values[node.output].shape)
-            make = lambda name: elementwise.plain_add_prim_func(  # noqa: E731
+            make = lambda name: self.made.elementwise.plain_add_prim_func(  # noqa: E731
                 name, layout, activation=bounds
             )
         name = self._function(("add", tuple(views), bounds, batch), "add", make)
@@ -287,7 +287,7 @@ class _Lowering:
             name = self._function(
                 ("plain affine", layout, scaled, bounds),
                 "affine",
-                lambda name: elementwise.plain_affine_prim_func(
+                lambda name: self.made.elementwise.plain_affine_prim_func(
                     name, layout, scaled=scaled, activation=bounds
                 ),
             )
@@ -305,7 +305,7 @@ class _Lowering:
         return self._function(
             ("affine", source, to, scaled, bounds, batch),
             "affine",
-            lambda name: elementwise.affine_prim_func(
+            lambda name: self.made.elementwise.affine_prim_func(
                 name,
                 source,
                 to,
@@ -351,7 +351,7 @@ class _Lowering:
             name = self._function(
                 ("opaque", node.name, i, structural_hash(function)),
                 "opaque",
-                functools.partial(function.with_attr, "global_symbol"),
+                functools.partial(self.made.scheduled(function).with_attr, "global_symbol"),
             )
             inputs = [refs[arg] if arg in refs else constants[arg] for arg in args]
             self._call(node.name, name, *inputs, out)
@@ -378,7 +378,7 @@ class _Lowering:
         name = self._function(
             ("copy", size),
             "copy",
-            lambda name: elementwise.plain_affine_prim_func(
+            lambda name: self.made.elementwise.plain_affine_prim_func(
                 name, PlainLayout((1, size)), scaled=False, activation=(None, None)
             ),
         )
@@ -397,17 +397,31 @@ def _in_step(source: ChannelView | PlainLayout, to: ChannelView, strides: tuple[
 Step = tuple[Any, list[str], tuple[tuple[int, ...], str]]
 
 
+def _renamed(expression: Any, variables: dict[str, Any]) -> Any:
+    """A call with other variables for its own, by their names."""
+    if isinstance(expression, relax.Var):
+        return variables[expression.name]
+    if isinstance(expression, relax.Tuple):
+        return relax.Tuple([_renamed(field, variables) for field in expression.fields])
+    if isinstance(expression, relax.Call):
+        args = [_renamed(arg, variables) for arg in expression.args]
+        return relax.Call(expression.op, args, expression.attrs, expression.ty_args)
+    return expression
+
+
 def _legalise(node: Opaque) -> tuple[list[Step], dict[str, NDArray[Any]]]:
     """(function, argument names, output shape and dtype) of each call, and the constants.
 
     Arguments are named by their Relax variable, "step i" for the result of step i.
     """
-    params = list({v.name: v for v in node.arguments}.values())
+    params = {v.name: v for v in node.arguments}
+    # TVM writes the names of variables into CUDA source as they are, and the model's are anything.
+    plain = {name: relax.Var(f"input_{i}", params[name].ty) for i, name in enumerate(params)}
     builder = relax.BlockBuilder()
-    with builder.function("main", params):
-        builder.emit_func_output(builder.emit(node.call))
+    with builder.function("main", list(plain.values())):
+        builder.emit_func_output(builder.emit(_renamed(node.call, plain)))
     module = relax.transform.LegalizeOps()(builder.get())
-    names: dict[str, str] = {variable.name: variable.name for variable in params}
+    names: dict[str, str] = {variable.name: name for name, variable in plain.items()}
     steps: list[Step] = []
     constants: dict[str, NDArray[Any]] = {}
     for binding_block in module["main"].body.blocks:

@@ -23,7 +23,7 @@ Clock = Callable[[], float]
 Arguments = Iterator[list[Any]]
 
 
-def taking_turns(args: Sequence[Any]) -> Arguments:
+def taking_turns(args: Sequence[Any], device: Any = None) -> Arguments:
     """The arguments of one call after the other, arrays as tensors: copies of them in turn.
 
     Arrays are constants. In a network a layer's constants come from memory each time, and a
@@ -34,18 +34,24 @@ def taking_turns(args: Sequence[Any]) -> Arguments:
     tensor = tvm.runtime.tensor
     return itertools.cycle(
         [
-            [tensor(arg) if isinstance(arg, np.ndarray) else arg for arg in args]
+            [tensor(arg, device) if isinstance(arg, np.ndarray) else arg for arg in args]
             for _ in range(copies)
         ]
     )
 
 
-class Timer:
-    """Times kernels; keeps the buffers that their tensors live in."""
+def calls_of_slice(seconds: float) -> int:
+    """How many calls of so many seconds each are timed together."""
+    return max(1, int(SLICE_S / max(seconds, 1e-7)))
 
-    def __init__(self, threads: int, clock: Clock = time.perf_counter) -> None:
+
+class Timer:
+    """Times kernels; keeps the buffers that their tensors live in, on the CPU by default."""
+
+    def __init__(self, threads: int, clock: Clock = time.perf_counter, device: Any = None) -> None:
         self.pool = ThreadPool(threads)
         self.clock = clock
+        self.device = tvm.cpu(0) if device is None else device
         self.random = np.random.default_rng(0)
         self._tensors: dict[Ref, Any] = {}
 
@@ -54,15 +60,15 @@ class Timer:
     ) -> tuple[float, ...]:
         """Seconds of a call, repeated; buffers are filled with random values once."""
         arguments = taking_turns(
-            [self._tensor(arg) if isinstance(arg, Ref) else arg for arg in args]
+            [self._tensor(arg) if isinstance(arg, Ref) else arg for arg in args], self.device
         )
+        return self.pool.call(lambda: self.repeats(function, arguments))
 
-        def repeats() -> tuple[float, ...]:
-            function(*next(arguments))
-            number = max(1, int(SLICE_S / max(self._time(function, arguments, 1), 1e-7)))
-            return tuple(self._time(function, arguments, number) for _ in range(REPEATS))
-
-        return self.pool.call(repeats)
+    def repeats(self, function: Callable[..., None], arguments: Arguments) -> tuple[float, ...]:
+        """Seconds of a call, each over enough calls to be read off a clock."""
+        function(*next(arguments))
+        number = calls_of_slice(self._time(function, arguments, 1))
+        return tuple(self._time(function, arguments, number) for _ in range(REPEATS))
 
     def _time(self, function: Callable[..., None], arguments: Arguments, number: int) -> float:
         start = self.clock()
@@ -73,5 +79,5 @@ class Timer:
     def _tensor(self, ref: Ref) -> Any:
         if ref not in self._tensors:
             data = self.random.uniform(0.0, 1.0, ref.shape).astype(ref.dtype)
-            self._tensors[ref] = tvm.runtime.tensor(data)
+            self._tensors[ref] = tvm.runtime.tensor(data, self.device)
         return self._tensors[ref]

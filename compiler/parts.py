@@ -10,8 +10,10 @@ from typing import Any
 import tvm
 from numpy.typing import NDArray
 
+from topiarist.compiler.gpu_code import use_compiler
 from topiarist.errors import BuildError
 from topiarist.schedules.kernel import ConvKernel, ConvSite, ConvViews, KernelConfig
+from topiarist.schedules.operators import operators_for
 from topiarist.schedules.workload import ConvWorkload, SparsitySignature
 from topiarist.targets.linker import find_linker
 from topiarist.targets.spec import TargetSpec
@@ -25,6 +27,9 @@ class Parts:
     def __init__(self, target: TargetSpec, threads: int) -> None:
         self.target = target
         self.threads = threads
+        self.operators = operators_for(target)
+        self.device = tvm.cpu(0) if target.gpu is None else tvm.cuda(0)
+        use_compiler(target)
         self.functions: dict[str, Any] = {}
         self._names: dict[Any, str] = {}
         self._constants: dict[Any, Sequence[NDArray[Any]]] = {}

@@ -26,7 +26,7 @@ from topiarist.compiler.roofline import with_roofline
 from topiarist.compiler.simplify import simplify
 from topiarist.compiler.trial import settle
 from topiarist.errors import MissingRecordsError, TargetError
-from topiarist.targets import registry
+from topiarist.targets import nvrtc, registry
 from topiarist.targets.detect import runs_here
 from topiarist.targets.linker import AUTOMATIC, LinkOptions, find_linker
 from topiarist.targets.spec import TargetSpec
@@ -84,6 +84,8 @@ def compile_model(
         raise ValueError(f"threads must be at least 1, got {threads}")
     if not max_error >= 0:
         raise ValueError(f"max_error must not be negative, got {max_error}")
+    if spec.gpu is not None:
+        nvrtc.require()
     if output is not None:
         check_writable(output)
         find_linker(spec, link)  # for its errors, before minutes of work
@@ -108,7 +110,10 @@ def compile_model(
         progress=report,
     )
     plans = chooser.plans() if advice is None else [chooser.advised(advice)]
-    if mode == "measure" and not all(plan.settled for plan in plans):
+    # A GPU's caches hold a network's data, and it predicts no branches: what a kernel takes alone
+    # is what it takes. And calls could not be timed one by one without waiting for each.
+    on_cpu = spec.gpu is None
+    if on_cpu and mode == "measure" and not all(plan.settled for plan in plans):
         plan, program = settle(graph, plans, parts, report, recorded)
     else:
         plan, program = plans[0], lower(graph, plans[0], parts)
@@ -118,7 +123,7 @@ def compile_model(
     executable = build(lowered, spec)
     report("generate code", 1, 1)
 
-    if mode == "measure":
+    if on_cpu and mode == "measure":
         spec = with_roofline(spec)
     compiled = CompiledModel(
         executable=executable,
@@ -145,7 +150,9 @@ def require_measurable(spec: TargetSpec) -> None:
     reason = runs_here(spec)
     if reason is None:
         return
-    if spec.toolchain is None:
+    if spec.gpu is not None:
+        remedy = "on a machine with such a GPU, or for another target"
+    elif spec.toolchain is None:
         remedy = "on a machine that has this instruction set, or for another target"
     else:
         remedy = (
@@ -156,6 +163,15 @@ def require_measurable(spec: TargetSpec) -> None:
         f"{reason}, and this times kernels: do it {remedy}. `topiarist prune --density` and "
         "`topiarist compile --no-measure` time nothing."
     )
+
+
+def require_cpu(spec: TargetSpec, command: str) -> None:
+    """What only CPUs can do yet. Raises TargetError."""
+    if spec.gpu is not None:
+        raise TargetError(
+            f"`topiarist {command}` doesn't work for GPUs yet; `topiarist compile` on a machine "
+            f"with such a GPU times the kernels of {spec.name}"
+        )
 
 
 def _recorded(

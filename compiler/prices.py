@@ -26,7 +26,7 @@ from topiarist.compiler.worker import Variant
 from topiarist.schedules.cpu.kernels import MAX_SPARSE_DENSITY
 from topiarist.schedules.cpu.linear import LinearShape
 from topiarist.schedules.kernel import ConvSite, KernelConfig
-from topiarist.schedules.kernels import CONV_KERNELS
+from topiarist.schedules.kernels import CONV_KERNELS, kernels_for
 from topiarist.schedules.workload import ConvWorkload, SparsitySignature, signature
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.boosters import Floats
@@ -188,7 +188,7 @@ class Prices:
             sparsity = signature(np.ones(node.weight.shape, np.float32), "dense")
         workload = replace(self.workloads[layer], sparsity=sparsity)
         site = self.parts.site(workload, conv_views(node, self.layouts))
-        kernels = [kernel for kernel in CONV_KERNELS if kernel.sparse == sparse]
+        kernels = [k for k in kernels_for(site.target) if k.sparse == sparse]
         variants = candidates_of(kernels, site, self._error)
         return [
             (self.device.what_conv(site, v.kernel, v.config), v.config)

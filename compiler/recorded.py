@@ -17,9 +17,9 @@ from topiarist.compiler.program import Call
 from topiarist.compiler.runtime import versions
 from topiarist.schedules.cpu.linear import LinearShape
 from topiarist.schedules.kernel import ConvKernel, ConvSite, ConvViews, KernelConfig
-from topiarist.schedules.kernels import CONV_KERNELS
+from topiarist.schedules.kernels import CONV_KERNELS, kernels_for
 from topiarist.schedules.layout import View
-from topiarist.targets import registry
+from topiarist.targets import detect_cuda, registry
 from topiarist.targets.detect import detect, runs_here
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.index import Level, Site
@@ -49,7 +49,8 @@ class Device:
     @staticmethod
     def here(target: TargetSpec, threads: int) -> Device:
         """This machine, whatever profile the code is built for."""
-        model = detect().device_model
+        on_gpu = target.gpu is not None
+        model = detect_cuda.device_name() if on_gpu else detect().device_model
         return Device(
             target, TargetKey.of(replace(target, device_model=model), threads), versions(), "near"
         )
@@ -205,7 +206,7 @@ class _Candidates:
     def of(self, record: TuningRecord) -> tuple[ConvKernel[Any], KernelConfig] | None:
         """The kernel and the knobs of a record, None if they would not be tried."""
         what = record.input
-        for kernel in CONV_KERNELS:
+        for kernel in kernels_for(self.site.target):
             if (kernel.name, kernel.version) == (what.kernel, what.kernel_version):
                 for config in self._fitting(kernel):
                     if asdict(config) == what.config:

@@ -23,12 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topiarist.errors import TopiaristError
+from topiarist.targets import detect_cuda
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
 ALIGNMENT = 64  # bytes; generated code uses aligned vector moves and crashes on less
 
+CUDA = 2  # DLPack's number
 _CPU, _DEVICE, _POOLED_ALLOCATOR = 1, 0, 2
 _BIG_CORES = 1
 _Result = TypeVar("_Result")
@@ -54,12 +56,8 @@ def load() -> Any:
     with _without_torch():
         import tvm_ffi
 
-    spec = importlib.util.find_spec("tvm")  # finds the package without importing it
-    if spec is None or spec.origin is None:
-        raise TopiaristError("the package apache-tvm isn't installed: `pip install topiarist`")
-    library = Path(spec.origin).parent / "lib" / "libtvm_runtime.so"
     try:
-        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(_library("libtvm_runtime.so")), ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise TopiaristError(
             f"TVM's runtime can't be loaded ({error}); reinstall apache-tvm"
@@ -67,6 +65,14 @@ def load() -> Any:
     # TVM pins the calling thread to the first core, and even out of a taskset: never here.
     os.environ.setdefault("TVM_BIND_THREADS", "0")
     return tvm_ffi
+
+
+def _library(name: str) -> Path:
+    """One of TVM's libraries."""
+    spec = importlib.util.find_spec("tvm")  # finds the package without importing it
+    if spec is None or spec.origin is None:
+        raise TopiaristError("the package apache-tvm isn't installed: `pip install topiarist`")
+    return Path(spec.origin).parent / "lib" / name
 
 
 @contextlib.contextmanager
@@ -82,11 +88,28 @@ def _without_torch() -> Iterator[None]:
         del sys.modules["torch"]
 
 
-def load_main(library: Path) -> Callable[..., Any]:
+@cache
+def load_cuda() -> None:
+    """Load the part of the runtime that is for NVIDIA GPUs, and CUDA's own."""
+    load()
+    runtime = detect_cuda.runtime_library()
+    if runtime is None:
+        raise TopiaristError("CUDA's runtime library is missing: `pip install 'topiarist[cuda]'`")
+    ctypes.CDLL(runtime, ctypes.RTLD_GLOBAL)
+    try:
+        ctypes.CDLL(str(_library("libtvm_runtime_cuda.so")))
+    except OSError as error:
+        raise TopiaristError(f"TVM's runtime for GPUs can't be loaded: {error}") from error
+
+
+def load_main(library: Path, *, gpu: bool = False) -> Callable[..., Any]:
     """The VM function `main` of an exported library. Raises RuntimeError if it can't be loaded."""
+    if gpu:
+        load_cuda()
     module = load().load_module(_spelled_for(library.resolve()))
     machine = module["vm_load_executable"]()
-    machine["vm_initialization"](_CPU, _DEVICE, _POOLED_ALLOCATOR)
+    devices = (CUDA, _CPU) if gpu else (_CPU,)
+    machine["vm_initialization"](*(x for d in devices for x in (d, _DEVICE, _POOLED_ALLOCATOR)))
     main: Callable[..., Any] = machine["main"]
     return main
 

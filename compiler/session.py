@@ -15,8 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 from topiarist.compiler import runtime
 from topiarist.compiler.bundle import LIBRARY, OpenBundle
 from topiarist.compiler.compiled import TensorSignature
+from topiarist.compiler.gpu_memory import GpuMemory
 from topiarist.compiler.manifest import Manifest
-from topiarist.errors import BundleError
+from topiarist.errors import BundleError, TopiaristError
 
 Array = NDArray[Any]
 
@@ -52,13 +53,17 @@ class Session:
         self._lock = threading.Lock()
         ffi = runtime.load()
         try:
-            self._main = runtime.load_main(folder / LIBRARY)
-            self._params = ffi.convert(_tensors(bundle.weights, self.manifest, ffi))
+            on_gpu = self.manifest.target.gpu is not None
+            self._main = runtime.load_main(folder / LIBRARY, gpu=on_gpu)
+            self._gpu = GpuMemory() if on_gpu else None
+            params = _tensors(bundle.weights, self.manifest, ffi)
+            self._params = ffi.convert([self._placed(tensor) for tensor in params])
         except (RuntimeError, OSError, AttributeError) as error:
             raise BundleError(f"{folder} can't be loaded: {error}") from error
         bundle.checked()
         self._buffers = [runtime.aligned_empty(s.shape, np.dtype(s.dtype)) for s in self.inputs]
-        self._arguments = [ffi.from_dlpack(b) for b in self._buffers]
+        self._given = [ffi.from_dlpack(b) for b in self._buffers]
+        self._arguments = [self._placed(tensor) for tensor in self._given]
 
     @property
     def inputs(self) -> tuple[TensorSignature, ...]:
@@ -89,24 +94,44 @@ class Session:
         """Run the network and return the named outputs, or all of them for None.
 
         The first axis may be a multiple of the compiled batch: the network then runs several
-        times. Raises ValueError, with what was expected, for other names, dtypes or shapes.
+        times. Raises ValueError, with what was expected, for other names, dtypes or shapes, and
+        TopiaristError where a GPU fails, for want of memory for one.
         """
         wanted = self._positions(output_names)
         arrays = self._checked(inputs)
         chunks = self._chunks(arrays)
         results = [_batched_empty(s, chunks) for s in self.outputs]
         with self._lock:
-            self._pool.call(lambda: self._run_chunks(arrays, results, chunks))
+            try:
+                self._pool.call(lambda: self._run_chunks(arrays, results, chunks))
+            except RuntimeError as error:
+                if self._gpu is None:
+                    raise
+                reason = " ".join(str(error).split())
+                raise TopiaristError(f"the GPU failed: {reason[:300]}") from error
         return [results[i] for i in wanted]
 
     def _run_chunks(self, arrays: list[Array], results: list[Array], chunks: int) -> None:
         for chunk in range(chunks):
             for buffer, array in zip(self._buffers, arrays, strict=True):
                 np.copyto(buffer, _part(array, buffer.shape, chunk))
+            if self._gpu is not None:
+                for given, argument in zip(self._given, self._arguments, strict=True):
+                    self._gpu.copy(given, argument)
             returned = self._main(*self._arguments, self._params)
             tensors = [returned] if len(results) == 1 and _is_tensor(returned) else list(returned)
             for result, signature, tensor in zip(results, self.outputs, tensors, strict=True):
-                np.copyto(_part(result, signature.shape, chunk), np.from_dlpack(tensor))
+                np.copyto(_part(result, signature.shape, chunk), self._fetched(tensor, signature))
+
+    def _placed(self, tensor: Any) -> Any:
+        """The tensor where kernels find it: as it is, or a copy of it on the GPU."""
+        return tensor if self._gpu is None else self._gpu.placed(tensor)
+
+    def _fetched(self, tensor: Any, signature: TensorSignature) -> Array:
+        """The values of an output."""
+        if self._gpu is None:
+            return np.from_dlpack(tensor)
+        return self._gpu.fetched(tensor, signature.shape, np.dtype(signature.dtype))
 
     def _positions(self, names: Sequence[str] | None) -> list[int]:
         known = [s.name for s in self.outputs]

@@ -37,7 +37,7 @@ from topiarist.compiler.trial import FINALISTS, settle
 from topiarist.compiler.worker import Layer, Measurer, Outcome, Steady, Variant
 from topiarist.errors import BuildError, ModelError
 from topiarist.schedules.kernel import ConvKernel, ConvSite
-from topiarist.schedules.kernels import CONV_KERNELS
+from topiarist.schedules.kernels import kernels_for
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.features import columns_of, features
 from topiarist.tuning_logs.record import (
@@ -243,7 +243,7 @@ def candidates(name: str, site: ConvSite, max_error: float) -> list[Variant]:
 
     Raises BuildError, naming the layer, if there are none.
     """
-    variants = candidates_of(CONV_KERNELS, site, max_error)
+    variants = candidates_of(kernels_for(site.target), site, max_error)
     if not variants:
         raise BuildError(f"{name}: no kernel serves the layer between its layouts")
     return variants

@@ -10,9 +10,11 @@ from typing import Any
 from topiarist.schedules.cpu.depthwise import Depthwise
 from topiarist.schedules.cpu.kernels import Block8Sparse, BlockSparse, DirectDense, DirectSparse
 from topiarist.schedules.cpu.winograd import WinogradDense
+from topiarist.schedules.cuda.kernels import CudaDense, CudaSparse
 from topiarist.schedules.kernel import ConvKernel
+from topiarist.targets.spec import TargetSpec
 
-CONV_KERNELS: tuple[ConvKernel[Any], ...] = (
+CPU_KERNELS: tuple[ConvKernel[Any], ...] = (
     DirectSparse(),
     BlockSparse(),
     Block8Sparse(),
@@ -20,6 +22,13 @@ CONV_KERNELS: tuple[ConvKernel[Any], ...] = (
     Depthwise(),
     WinogradDense(),
 )
+CUDA_KERNELS: tuple[ConvKernel[Any], ...] = (CudaSparse(), CudaDense())
+CONV_KERNELS = (*CPU_KERNELS, *CUDA_KERNELS)
+
+
+def kernels_for(target: TargetSpec) -> tuple[ConvKernel[Any], ...]:
+    """The kernels that take part in the contest on a target."""
+    return CPU_KERNELS if target.gpu is None else CUDA_KERNELS
 
 
 def conv_kernel(name: str) -> ConvKernel[Any]:

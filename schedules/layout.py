@@ -127,6 +127,8 @@ class LaneLayout:
         if self.tile is not None:
             return self.tile[0] * self.tile[1] * lanes
         stride = self.row_vectors * self.stored_rows * lanes
+        if lanes == 1:  # a GPU's plane: four values are its widest load, which has to be aligned
+            return -(-stride // 4) * 4
         # Planes at a multiple of 4 KB would share few cache sets.
         return stride + lanes if stride * 4 % 4096 < 64 else stride
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from topiarist.errors import TargetError
-from topiarist.targets import detect_arm, linux, x86
+from topiarist.targets import detect_arm, detect_cuda, linux, x86
 from topiarist.targets.spec import TargetSpec
 
 _TITLES = {"x86_64": "x86-64", "aarch64": "64-bit ARM", "armv7l": "32-bit ARM"}
@@ -60,6 +60,8 @@ def _x86_host(sources: linux.Sources) -> TargetSpec:
 
 def runs_here(spec: TargetSpec, cpuinfo: Path = SOURCES.cpuinfo) -> str | None:
     """Why this machine can't run code built for the target; None when it can."""
+    if spec.gpu is not None:
+        return detect_cuda.refuses(spec)
     here = linux.architecture()
     needed = architecture_of(spec)
     if needed != here:

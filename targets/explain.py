@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from topiarist.targets.gpu import Gpu
 from topiarist.targets.spec import Cluster, TargetSpec
 from topiarist.targets.toolchain import Toolchain
 
@@ -10,6 +11,8 @@ _KIB, _MIB = 1 << 10, 1 << 20
 
 def describe(spec: TargetSpec) -> list[list[str]]:
     """Rows of a property and what is known of it."""
+    if spec.gpu is not None:
+        return _gpu(spec, spec.gpu)
     rows = [
         ["target", spec.name],
         ["device", spec.device_model or "unknown"],
@@ -27,6 +30,20 @@ def describe(spec: TargetSpec) -> list[list[str]]:
         if toolchain.emulator:
             rows += [["tried with", f"{toolchain.emulator} (package {toolchain.emulator_package})"]]
     return rows
+
+
+def _gpu(spec: TargetSpec, gpu: Gpu) -> list[list[str]]:
+    return [
+        ["target", spec.name],
+        ["figures of", f"{gpu.model}; code runs on every GPU of this architecture"],
+        ["multiprocessors", f"{gpu.multiprocessors} at up to {gpu.clock_ghz:g} GHz"],
+        ["of each", f"{gpu.fp32_lanes} fp32 lanes, {gpu.threads} threads"],
+        ["registers of each", f"{gpu.registers} of 32 bits"],
+        ["first-level cache of each", f"{_size(gpu.l1_bytes)}, {_size(gpu.shared_bytes)} shared"],
+        ["second-level cache", _size(gpu.l2_bytes)],
+        ["peak", f"{gpu.peak_gflops / 1e3:.1f} TFLOP/s in fp32, without tensor cores"],
+        ["memory", f"{gpu.bandwidth_gbs:g} GB/s"],
+    ]
 
 
 def _cores(spec: TargetSpec) -> str:

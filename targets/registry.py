@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from topiarist.errors import TargetError
-from topiarist.targets import board_file, x86
+from topiarist.targets import board_file, cuda, x86
 from topiarist.targets.detect import detect
 from topiarist.targets.spec import TargetSpec
 
@@ -40,7 +40,7 @@ def get(name: str) -> TargetSpec:
 @cache
 def built_in() -> dict[str, TargetSpec]:
     """The targets that come with the package, by name."""
-    specs = (*x86.PROFILES, *(board.spec for board in board_file.boards()))
+    specs = (*x86.PROFILES, *cuda.PROFILES, *(board.spec for board in board_file.boards()))
     return {spec.name: spec for spec in specs}
 
 

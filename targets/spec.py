@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from topiarist.targets.gpu import Gpu
 from topiarist.targets.toolchain import TOOLCHAINS, Toolchain
 
 
@@ -50,11 +51,13 @@ class TargetSpec:
     bandwidth_gbs: float | None = None
     clusters: tuple[Cluster, ...] = ()  # of ARM processors
     lane_fma: bool = False  # a multiply-add can take one factor from a lane of a register
+    gpu: Gpu | None = None  # where kernels run on one; lanes, registers and caches are then its own
 
     @property
     def triple(self) -> str:
         """LLVM's name of architecture and system; empty for that of this machine."""
-        return str(self.tvm_target.get("mtriple", ""))
+        processor = self.tvm_target.get("host", self.tvm_target)
+        return str(processor.get("mtriple", ""))
 
     @property
     def mcpu(self) -> str:
@@ -96,5 +99,6 @@ class TargetSpec:
         typed = {
             "required_features": tuple(values["required_features"]),
             "clusters": tuple(Cluster(**cluster) for cluster in values.get("clusters", ())),
+            "gpu": Gpu(**values["gpu"]) if values.get("gpu") else None,
         }
         return TargetSpec(**{**values, **typed})

@@ -44,7 +44,7 @@ def to_lanes_tables(
     return gather_tables(pixels[:: strides[0], :: strides[1]], target)
 
 
-def _channel_at(source: PlainLayout | View, image: Any, channel: Any) -> Any:
+def channel_at(source: PlainLayout | View, image: Any, channel: Any) -> Any:
     """Where a channel starts in the flat buffer."""
     if isinstance(source, View):
         return source.at(image, channel)
@@ -72,7 +72,7 @@ def to_lanes_prim_func(
         y = emit.argument("y", batch * layout.size)
         with emit.loop(batch * target.count, threads) as p:
             image, channel = p // target.count, p % target.count
-            x_base = _channel_at(source, image, channel)
+            x_base = channel_at(source, image, channel)
             y_base = target.at(image, channel)
             with T.serial(0, vectors) as v:
                 pick = T.bind(picks[emit.ramp(v * lanes, lanes)])

@@ -152,11 +152,11 @@ def crossing(densities: Sequence[float], speedups: Sequence[float]) -> float | N
     return float(np.exp(x0 + (x1 - x0) * y0 / (y0 - y1)))
 
 
-def graph_of(shape: Shape, weight: FloatArray) -> Graph:
+def graph_of(shape: Shape, weight: FloatArray, batch: int = 1) -> Graph:
     """The layer between values that other layers write and read."""
     values = {
-        "x": Value("x", (1, shape.channels, shape.size, shape.size)),
-        "y": Value("y", (1, shape.filters, shape.size, shape.size)),
+        "x": Value("x", (batch, shape.channels, shape.size, shape.size)),
+        "y": Value("y", (batch, shape.filters, shape.size, shape.size)),
     }
     node = Conv(
         name="layer",

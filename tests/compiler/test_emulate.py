@@ -29,7 +29,7 @@ from topiarist.compiler.session import Session
 from topiarist.compiler.verify import compare, verify
 from topiarist.errors import BundleError, TargetError
 from topiarist.pruning.one_shot import prune_model
-from topiarist.schedules.kernels import CONV_KERNELS
+from topiarist.schedules.kernels import CPU_KERNELS
 from topiarist.targets import registry
 from topiarist.targets.toolchain import AARCH64
 
@@ -80,7 +80,7 @@ def every_kernel() -> onnx.ModelProto:
     x = net.node("Relu", net.conv(net.input(1, 3, 17, 15), 16, 3, name="first"))
     forms = {"3x3": (3, 1, 1), "strided": (3, 2, 1), "1x1": (1, 1, 1), "depthwise": (3, 1, 16)}
     outputs = []
-    for kernel in CONV_KERNELS:
+    for kernel in CPU_KERNELS:
         for form, (size, stride, groups) in forms.items():
             weight = net.constant(block_sparse(net, 16, 16 // groups, size))
             attributes = {"strides": [stride] * 2, "pads": [size // 2] * 4, "group": groups}
@@ -111,12 +111,12 @@ def test_every_kernel(
         site = self.parts.site(self.workloads[node.name], views)
         named = [
             kernel
-            for kernel in CONV_KERNELS
+            for kernel in CPU_KERNELS
             if node.name.startswith(f"{kernel.name}.")
             and kernel.refuses(site.workload, self.target) is None
         ]
         with monkeypatch.context() as patch:
-            patch.setattr(choose, "CONV_KERNELS", tuple(named) or CONV_KERNELS)
+            patch.setattr(choose, "kernels_for", lambda target: tuple(named) or CPU_KERNELS)
             return self._contest(node, site)
 
     monkeypatch.setattr(choose.Chooser, "_conv", only_the_named)
@@ -124,7 +124,7 @@ def test_every_kernel(
     result = verify(bundle, path, open_bundle=EmulatedSession)
     assert result.passed, result
     used = {layer.kernel for layer in read_manifest(bundle).layers}
-    assert used >= {kernel.name for kernel in CONV_KERNELS} | {"dense_linear", "sparse_linear"}
+    assert used >= {kernel.name for kernel in CPU_KERNELS} | {"dense_linear", "sparse_linear"}
 
 
 def resnet20() -> onnx.ModelProto:

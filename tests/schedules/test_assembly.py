@@ -16,7 +16,7 @@ from topiarist.schedules.cpu.linear import (
     sparse_linear_prim_func,
 )
 from topiarist.schedules.kernel import ConvKernel
-from topiarist.schedules.kernels import CONV_KERNELS
+from topiarist.schedules.kernels import CPU_KERNELS
 from topiarist.targets import registry
 from topiarist.targets.spec import TargetSpec
 
@@ -59,7 +59,7 @@ def conv_loops(kernel: ConvKernel[Any], case: ConvCase, target: TargetSpec) -> l
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
-@pytest.mark.parametrize("kernel", CONV_KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", CPU_KERNELS, ids=lambda kernel: kernel.name)
 def test_accumulators_stay_in_registers(kernel: ConvKernel[Any], target: TargetSpec) -> None:
     case = DEPTHWISE if kernel.name == "depthwise" else LAYER
     # Loops that also add are Winograd's transforms, which have no sums to keep.
@@ -74,7 +74,7 @@ def test_accumulators_stay_in_registers(kernel: ConvKernel[Any], target: TargetS
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_nonzeros_multiply_into_memory_operands(target: TargetSpec) -> None:
     """One broadcast for a tile's multiply-adds, each of which reads its input itself."""
-    sparse = next(kernel for kernel in CONV_KERNELS if kernel.name == "direct_sparse")
+    sparse = next(kernel for kernel in CPU_KERNELS if kernel.name == "direct_sparse")
     for loop in conv_loops(sparse, LAYER, target):
         found = multiplications(loop)
         assert all("(" in line for line in found), "\n".join(loop)

@@ -13,7 +13,7 @@ from tests.schedules.building import NAME
 from tests.schedules.kernel_contract import ConvCase, make_problem, site_of, sparse_enough
 from topiarist.schedules.cpu.direct import DirectConfig
 from topiarist.schedules.kernel import ConvSite
-from topiarist.schedules.kernels import CONV_KERNELS, conv_kernel
+from topiarist.schedules.kernels import CPU_KERNELS, conv_kernel
 from topiarist.targets import registry
 from topiarist.targets.spec import TargetSpec
 
@@ -43,7 +43,7 @@ def loops_of(name: str, where: ConvSite, config: Any = None) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
-@pytest.mark.parametrize("name", [kernel.name for kernel in CONV_KERNELS])
+@pytest.mark.parametrize("name", [kernel.name for kernel in CPU_KERNELS])
 def test_accumulators_stay_in_registers(name: str, target: TargetSpec) -> None:
     where = site(DEPTHWISE if name == "depthwise" else LAYER, target)
     if why := conv_kernel(name).refuses(where.workload, target):

@@ -17,7 +17,7 @@ from tests.schedules.kernel_contract import (
     make_problem,
     sparse_enough,
 )
-from topiarist.schedules.kernels import CONV_KERNELS
+from topiarist.schedules.kernels import CPU_KERNELS
 from topiarist.targets import registry
 from topiarist.targets.spec import TargetSpec
 
@@ -46,7 +46,7 @@ def conv_tests(target: TargetSpec, cases: Iterable[str]) -> dict[str, Test]:
     """The contract of the convolution kernels, for what they don't refuse."""
     contract = ConvKernelContract()
     tests: dict[str, Test] = {}
-    for kernel, case in itertools.product(CONV_KERNELS, cases):
+    for kernel, case in itertools.product(CPU_KERNELS, cases):
         workload = sparse_enough(make_problem(CASES[case], target.lanes).workload)
         if kernel.refuses(workload, target) is None:
             test = partial(contract.test_agrees_with_the_reference, kernel, target, case)
@@ -57,7 +57,7 @@ def conv_tests(target: TargetSpec, cases: Iterable[str]) -> dict[str, Test]:
 def pattern_tests(target: TargetSpec) -> dict[str, Test]:
     """The sparse kernels on zeros with a structure."""
     contract = ConvKernelContract()
-    sparse = [kernel for kernel in CONV_KERNELS if kernel.sparse]
+    sparse = [kernel for kernel in CPU_KERNELS if kernel.sparse]
     return {
         f"{kernel.name}_{pattern.replace(':', '_')}": partial(
             contract.test_patterns_of_zeros, kernel, target, pattern

@@ -1,0 +1,1 @@
+"""Convolution kernels and the layers around them for NVIDIA GPUs."""

@@ -1,0 +1,187 @@
+"""The kernels for GPUs, as CUDA source run by the processor, against a float64 reference."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.cuda import emulation
+from tests.schedules import kernel_contract, references
+from tests.schedules.building import FloatArray, check_written, relative_error
+from tests.schedules.kernel_contract import CASES, PATTERNS, ConvCase, Problem
+from topiarist.pruning.patterns import find_pattern
+from topiarist.schedules.cuda.direct import CudaConfig
+from topiarist.schedules.cuda.kernels import CudaDense, CudaSparse
+from topiarist.schedules.kernel import ConvKernel, ConvSite
+from topiarist.schedules.workload import signature
+from topiarist.targets import x86
+from topiarist.targets.cuda import PROFILES
+
+TARGET = PROFILES[-1]
+KERNELS: tuple[ConvKernel[Any], ...] = (CudaDense(), CudaSparse())
+# Each with what it needs: pixels that divide, rows that are split, chunks, quads.
+FORMS = (
+    CudaConfig(1, 1, 32, 1),
+    CudaConfig(8, 2, 32, 2),
+    CudaConfig(2, 4, 32, 1, chunk=4),
+    CudaConfig(4, 1, 64, 8, chunk=16),
+    CudaConfig(4, 4, 32, 1, quads=True),
+    CudaConfig(2, 4, 32, 4, chunk=4, quads=True),
+)
+FORM_CASES = {
+    "even": ConvCase(channels=9, outputs=16, plane=(8, 6), batch=3, activation=(0.0, None)),
+    "groups": ConvCase(groups=2, channels=10, outputs=16, plane=(12, 5), residual="operand"),
+    "strided": ConvCase(outputs=16, plane=(16, 12), strides=(2, 2), residual="in_place"),
+    "pointwise": ConvCase(
+        channels=40, outputs=16, plane=(4, 7), batch=2, kernel=(1, 1), padding=(0, 0, 0, 0)
+    ),
+    "pointwise_odd": ConvCase(
+        outputs=16, plane=(7, 7), kernel=(1, 1), padding=(0, 0, 0, 0), part=True, density=0.0
+    ),
+    "pointwise_groups": ConvCase(
+        outputs=16, groups=2, plane=(7, 3), kernel=(1, 1), padding=(0, 0, 0, 0), residual="operand"
+    ),
+}
+Job = tuple[ConvKernel[Any], Problem, CudaConfig]
+
+
+def problem_of(case: ConvCase) -> Problem:
+    """A case between planes of pixels."""
+    return kernel_contract.make_problem(replace(case, tiled_input=False, tiled_output=False), 1)
+
+
+def site_of(problem: Problem) -> ConvSite:
+    return ConvSite(problem.workload, problem.views, TARGET)
+
+
+def run(jobs: dict[str, Job]) -> dict[str, FloatArray]:
+    """What the kernels write; for the process with the GPU."""
+    functions, calls = {}, {}
+    for name, (kernel, problem, config) in jobs.items():
+        site = site_of(problem)
+        functions[name] = kernel.prim_func(site, config, name)
+        calls[name] = kernel_contract.arguments(kernel, problem, config, site)
+    return emulation.run_all(functions, TARGET, calls)
+
+
+def check(gpu: ProcessPoolExecutor, jobs: dict[str, Job]) -> None:
+    """Run the kernels and compare each with the reference."""
+    jobs = {name.replace(".", "_"): job for name, job in jobs.items()}
+    results = gpu.submit(run, jobs).result()
+    for name, (kernel, p, config) in jobs.items():
+        want = references.conv(p.workload, p.x, p.weight, p.bias, p.residual)
+        got = check_written(p.views.y, kernel_contract.y_before(p), results[name])
+        error = relative_error(got, want)
+        assert error < 1e-6, f"{name}: {kernel.name} {config}: relative error {error:.2g}"
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+class TestKernels:
+    """Any shape, any zeros."""
+
+    def test_agrees_with_the_reference(
+        self, gpu: ProcessPoolExecutor, kernel: ConvKernel[Any]
+    ) -> None:
+        """With the best, a middling or the worst configuration, in turn."""
+        jobs: dict[str, Job] = {}
+        # Tiles and threads are for CPUs: without them these cases are like others.
+        names = [name for name in CASES if "tiled" not in name and "threads" not in name]
+        for turn, (name, case) in enumerate((name, CASES[name]) for name in names):
+            problem = problem_of(case)
+            found = kernel.knobs(site_of(problem))
+            jobs[name] = kernel, problem, [found[0], found[len(found) // 2], found[-1]][turn % 3]
+        check(gpu, jobs)
+
+    def test_every_form(self, gpu: ProcessPoolExecutor, kernel: ConvKernel[Any]) -> None:
+        """Split rows, staged chunks and quads, where they fit."""
+        jobs: dict[str, Job] = {}
+        left_out = ["strided", "pointwise"] if kernel.sparse else ["groups", "pointwise_odd"]
+        for name, case in FORM_CASES.items():
+            if name in left_out:
+                continue
+            problem = problem_of(case)
+            for i, config in enumerate(FORMS):
+                if kernel.fits(site_of(problem), config):
+                    jobs[f"{name}_{i}"] = kernel, problem, config
+        assert {config for _, _, config in jobs.values()} == set(FORMS)
+        check(gpu, jobs)
+
+    def test_patterns_of_zeros(self, gpu: ProcessPoolExecutor, kernel: ConvKernel[Any]) -> None:
+        """N:M, kernel patterns and blocks."""
+        jobs: dict[str, Job] = {}
+        for i, (pattern, mask) in enumerate(PATTERNS.items()):
+            problem = problem_of(ConvCase(channels=16, outputs=16, density=1.0))
+            weight = np.where(mask(np.abs(problem.weight)), problem.weight, np.float32(0))
+            assert str(find_pattern(weight)) == pattern
+            workload = replace(problem.workload, sparsity=signature(weight, pattern))
+            pruned = replace(problem, weight=weight, workload=workload)
+            jobs[f"pattern_{i}"] = kernel, pruned, kernel.knobs(site_of(pruned))[0]
+        check(gpu, jobs)
+
+    @pytest.mark.parametrize("name", ["density_0.3", "depthwise_times_4", "pointwise"])
+    def test_most_promising_knobs_come_first(self, kernel: ConvKernel[Any], name: str) -> None:
+        """By the estimate; nothing comes twice, and everything fits."""
+        site = site_of(problem_of(CASES[name]))
+        found = kernel.knobs(site)
+        estimates = [kernel.estimate_us(site, config) for config in found]
+        assert all(0 < us < math.inf for us in estimates)
+        assert estimates == sorted(estimates)
+        assert len(set(found)) == len(found)
+        assert all(kernel.fits(site, config) for config in found)
+
+    def test_packs_every_nonzero_once(self, kernel: ConvKernel[Any]) -> None:
+        """What else the values hold is zero."""
+        problem = problem_of(CASES["groups_2"])
+        site = site_of(problem)
+        for config in kernel.knobs(site)[::20]:
+            values = kernel.pack(site, config, problem.weight)[0]
+            want = np.sort(problem.weight[problem.weight != 0])
+            assert np.array_equal(np.sort(values[values != 0]), want)
+
+    def test_what_does_not_fit_is_not_built(self, kernel: ConvKernel[Any]) -> None:
+        """`fits` says so, packing and generating raise."""
+        problem = problem_of(CASES["odd_outputs"])
+        site, config = site_of(problem), CudaConfig(4, 1, 32, 1)
+        assert not kernel.fits(site, config)
+        with pytest.raises(ValueError, match="does not fit: output channels"):
+            kernel.pack(site, config, problem.weight)
+        with pytest.raises(ValueError, match="does not fit: output channels"):
+            kernel.prim_func(site, config, "kernel")
+
+    @pytest.mark.parametrize(
+        ("config", "reason"),
+        [
+            (CudaConfig(1, 4, 32, 1), "13 rows are no multiple of 4"),
+            (CudaConfig(1, 4, 32, 1, quads=True), "four pixels at a time"),
+            (CudaConfig(1, 1, 256, 8), "2048 threads"),
+            (CudaConfig(8, 13, 64, 8), "186368 bytes of shared memory"),
+        ],
+    )
+    def test_limits(self, kernel: ConvKernel[Any], config: CudaConfig, reason: str) -> None:
+        """Of tiles and of a block's resources."""
+        problem = problem_of(CASES["density_0.3"])
+        with pytest.raises(ValueError, match=reason):
+            kernel.prim_func(site_of(problem), config, "kernel")
+
+    def test_cpus_are_refused(self, kernel: ConvKernel[Any]) -> None:
+        """With the target's name."""
+        workload = problem_of(CASES["density_0.3"]).workload
+        assert kernel.refuses(workload, x86.PROFILES[0]) == "x86-avx512 is no GPU"
+        assert kernel.refuses(workload, TARGET) is None
+
+
+def test_blocks_share_loads() -> None:
+    """The estimate takes several channels a thread for blocks, and fewer for scattered zeros."""
+    case = ConvCase(channels=256, outputs=256, plane=(28, 28), batch=8, density=0.05)
+    problem = problem_of(case)
+    best = {}
+    for pattern in ("unstructured", "block8x1"):
+        sparsity = replace(problem.workload.sparsity, pattern=pattern)
+        workload = replace(problem.workload, sparsity=sparsity)
+        best[pattern] = CudaSparse().knobs(ConvSite(workload, problem.views, TARGET))[0].channels
+    assert best["unstructured"] < best["block8x1"]
