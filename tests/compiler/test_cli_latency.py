@@ -236,10 +236,10 @@ class Invented:
 
 @pytest.fixture
 def still(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compare(trial: Any, programs: list[Any]) -> list[Any]:
-        return [np.full(len(program.calls), 1e-6) for program in programs]
+    def compare(trial: Any, programs: list[Any]) -> tuple[list[Any], float]:
+        return [np.full(len(program.calls), 1e-6) for program in programs], 1e-6
 
-    monkeypatch.setattr(collecting.Trial, "compare", compare)
+    monkeypatch.setattr(collecting.Trial, "compare_watched", compare)
 
 
 @pytest.mark.usefixtures("still")
