@@ -138,7 +138,7 @@ def test_a_board_that_is_killed_and_one_that_hangs(boards: Network) -> None:
     variants = variants_of(layer, DirectDense(), DirectSparse())
     first, second = boards.serve("mortal"), boards.serve("mortal")
     boards.wait_for(mortal=2)
-    short = BoardLimits(find=2.0, connect=2.0, prepare=3.0, run=2.0)
+    short = BoardLimits(find=2.0, connect=2.0, prepare=3.0, upload=2.0, run=2.0)
     options = BoardOptions(boards.address, "mortal", registry.get("host"), 1, short)
     with Boards.find(options) as pool:
         pool.measure(layer, variants)
