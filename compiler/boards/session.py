@@ -43,7 +43,8 @@ class _Args(list[Any]):
 class Session:
     """A board that is ours until `close`. A `layer_bench.Machine`.
 
-    `tell(stage, None)` is called before a step that may not return for reasons of the board. Raises BoardError in every method when the board fails.
+    `tell(stage, None)` is called before a step that the board may hang in. Raises BoardError in
+    every method when the board fails.
     """
 
     def __init__(self, lease: Lease, target: TargetSpec, threads: int, tell: Tell) -> None:

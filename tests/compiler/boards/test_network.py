@@ -168,7 +168,7 @@ def test_tuned_on_boards_compiled_from_the_log(tmp_path: Path) -> None:
             where = OnBoards(boards)
             logs = TuningLogs(TuningLog(log))
             report = tune_model(
-                *(model, spec, logs, boards, TuneOptions(trials=2)), where=where, progress=progress
+                *(model, spec, logs, boards, TuneOptions(trials=1)), where=where, progress=progress
             )
             device = where.device()
     assert report.measured and report.finished and report.network_us and steps
