@@ -18,6 +18,7 @@ _TITLES = {
     "processor": "processor",
     "cores": "cores",
     "prepare": "kernel",
+    "upload": "kernel",
     "run": "kernel",
 }
 

@@ -29,7 +29,8 @@ class BoardLimits:
     connect: float = 30.0
     check: float = 30.0  # that the board fits
     prepare: float = 120.0  # inputs and the reference kernel
-    build: float = 60.0  # a candidate here, and its way to the board
+    build: float = 60.0  # a candidate, which happens here
+    upload: float = 60.0  # what was built
     run: float = 20.0
     trial: float = 120.0  # a whole network, a few times
 
@@ -169,9 +170,9 @@ def _answer(connection: Connection, options: BoardOptions) -> None:
         lease = tracker.request(options.key, options.limits.find)
     connection.send(lease)
     tell("connect", None)
-    session = Session(lease, options.target, options.threads)
+    session = Session(lease, options.target, options.threads, tell)
     try:
-        session.check(tell)
+        session.check()
         connection.send(session.board)
         bench, trial = LayerBench(session, tell), BoardTrial(session, tell)
         while True:

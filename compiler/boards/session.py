@@ -41,14 +41,16 @@ class _Args(list[Any]):
 
 
 class Session:
-    """A board that is ours until `close`, checked to fit. A `layer_bench.Machine`.
+    """A board that is ours until `close`. A `layer_bench.Machine`.
 
-    Raises BoardError in every method when the board fails.
+    `tell(stage, None)` is called before a step that the board may hang in. Raises BoardError in
+    every method when the board fails.
     """
 
-    def __init__(self, lease: Lease, target: TargetSpec, threads: int) -> None:
+    def __init__(self, lease: Lease, target: TargetSpec, threads: int, tell: Tell) -> None:
         self.target = target
         self.threads = threads
+        self.tell = tell
         self.address = lease.address
         self.name = f"the board at {lease.address}"
         self._count = itertools.count()
@@ -70,15 +72,15 @@ class Session:
             ) from error
         self.board = Board.from_text(self._guarded(describe), self.address)
 
-    def check(self, tell: Tell) -> None:
-        """Raise BoardError unless the board fits; `tell` hears what is looked at."""
-        tell("versions", None)
+    def check(self) -> None:
+        """Raise BoardError unless the board fits."""
+        self.tell("versions", None)
         check_versions(self.board)
-        tell("processor", None)
+        self.tell("processor", None)
         reason = self._call("refuses", json.dumps(self.target.to_json()))
         if reason:
             raise BoardError(f"the board at {self.address} can't run this target: {reason}")
-        tell("cores", None)
+        self.tell("cores", None)
         if self.board.core_count < self.threads:
             raise BoardError(
                 f"the board at {self.address} runs kernels on {self.board.core_count} core(s), too "
@@ -98,6 +100,7 @@ class Session:
 
     def upload(self, library: Path) -> Any:
         """Load a library on the board; its file there is removed at once."""
+        self.tell("upload", None)
         size = library.stat().st_size
         # TVM's loader takes a path that it has loaded before for the same library.
         name = f"{next(self._count)}.so"

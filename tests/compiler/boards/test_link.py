@@ -44,6 +44,7 @@ class Scripted:
         ([("build", 2), Lost("switched off", ended=True)], None, "crash", "off"),
         ([("run", 2), TimeoutError()], 2, "timeout", "a:1: no end after 20 s of run"),
         ([("build", 1), TimeoutError()], 1, "timeout", "no end after 60 s of build"),
+        ([("build", 2), ("upload", None), TimeoutError()], None, "timeout", "60 s of upload"),
         ([("build", 1), EOFError()], 1, "crash", "died with SIGSEGV in build"),
         ([("prepare", None), EOFError()], None, "crash", "in prepare"),
         ([("connect", None), TimeoutError()], None, "timeout", "a firewall drops"),

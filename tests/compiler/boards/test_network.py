@@ -138,7 +138,7 @@ def test_a_board_that_is_killed_and_one_that_hangs(boards: Network) -> None:
     variants = variants_of(layer, DirectDense(), DirectSparse())
     first, second = boards.serve("mortal"), boards.serve("mortal")
     boards.wait_for(mortal=2)
-    short = BoardLimits(find=2.0, connect=2.0, prepare=3.0, run=2.0)
+    short = BoardLimits(find=2.0, connect=2.0, prepare=3.0, upload=2.0, run=2.0)
     options = BoardOptions(boards.address, "mortal", registry.get("host"), 1, short)
     with Boards.find(options) as pool:
         pool.measure(layer, variants)
@@ -168,7 +168,7 @@ def test_tuned_on_boards_compiled_from_the_log(tmp_path: Path) -> None:
             where = OnBoards(boards)
             logs = TuningLogs(TuningLog(log))
             report = tune_model(
-                *(model, spec, logs, boards, TuneOptions(trials=2)), where=where, progress=progress
+                *(model, spec, logs, boards, TuneOptions(trials=1)), where=where, progress=progress
             )
             device = where.device()
     assert report.measured and report.finished and report.network_us and steps
