@@ -11,6 +11,7 @@ that zeros would not make faster stays dense (Park et al., ICLR 2017, section 2.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -288,7 +289,7 @@ class GuidedPruner:
         """Copies without some channels, calibrated as the whole network is."""
         cuts: ChannelCuts | None = None
         for share in CUTS:
-            folder = self.folder / f"channels-{share:.0%}".rstrip("%")
+            folder = self.folder / f"channels-{share:.2f}-{self._digest()}"
             path = folder / "model.onnx"
             if not path.exists():
                 if cuts is None:
@@ -315,6 +316,11 @@ class GuidedPruner:
                 ),
             )
             yield self._prunable(path, model, database, share)
+
+    def _digest(self) -> str:
+        """Of what cut networks depend on: the folder may have served others."""
+        made_of = self.onnx.SerializeToString(deterministic=True), self.images.digest().encode()
+        return hashlib.sha256(b"".join(made_of)).hexdigest()[:12]
 
     def _prunable(
         self, path: Path, model: onnx.ModelProto, database: Database, cut: float

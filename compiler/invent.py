@@ -22,13 +22,14 @@ BLOCKS = {"block4x1": 4, "block8x1": 8}
 ROW_SPREAD = 0.3  # of the logarithm of a filter's size: pruned filters differ in nonzeros
 
 CHAIN_LAYERS = 8
-CHAIN_MACS = (5e5, 4e8)
+CHAIN_MACS = (3e5, 2e9)
 CHAIN_WEIGHTS = 2_400_000
-CHANNELS = (16, 1024)
-SIDES = (7, 8, 10, 13, 14, 16, 20, 27, 28, 32, 40, 56, 64, 80, 112)
-KERNELS = {1: 0.5, 3: 0.42, 5: 0.08}
+CHANNELS = (16, 2048)
+IMAGE_SHARE = 0.1  # of the chains begins with an image of three channels
+SIDES = (7, 8, 10, 13, 14, 16, 20, 27, 28, 32, 40, 56, 64, 80, 112, 224)
+KERNELS = {1: 0.5, 3: 0.42, 5: 0.06, 7: 0.02}
 STRIDED_SHARE = 0.12
-DEPTHWISE_SHARE = 0.08
+DEPTHWISE_SHARE = 0.2  # of the layers with windows
 HARD_SHARE = 0.5  # of the layers, where some are known that a model gets wrong
 NEARBY = 0.25  # standard deviation of the logarithm of channels
 TRIES = 50
@@ -106,7 +107,7 @@ class _Chain:
     def __init__(self, random: Random, side: int) -> None:
         self.random = random
         self.side = side
-        self.channels = _channels(random)
+        self.channels = 3 if random.random() < IMAGE_SHARE else _channels(random)
         self.values = {"x": Value("x", (1, self.channels, side, side))}
         self.nodes: list[Node] = []
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from tests.benchmarks.measure import ROOT, setting
 from tests.benchmarks.networks import SHARED, mobilenet_v1, resnet50, vgg16_convs
 from topiarist.compiler.guided import Goal, GuidedPruner
-from topiarist.compiler.latency import Source, open_source
+from topiarist.compiler.model_files import Source, open_source
 from topiarist.compiler.prunable import Prunable
 from topiarist.errors import BudgetError, TopiaristError
 from topiarist.pruning.accuracy import Accuracy, predicted_classes

@@ -54,7 +54,7 @@ def test_chains_have_all_kinds_of_layers_of_reasonable_size() -> None:
     layers = [layer for graph in found for layer in geometries(graph)]
     assert all(len(graph.nodes) == CHAIN_LAYERS for graph in found)
     assert np.mean([layer.reasonable for layer in layers]) > 0.95
-    assert {layer.kernel for layer in layers} == {1, 3, 5}
+    assert {layer.kernel for layer in layers} == {1, 3, 5, 7}
     assert {layer.stride for layer in layers} == {1, 2}
     assert any(layer.groups == layer.in_channels > 1 for layer in layers)
     nodes = [node for graph in found for node in convs(graph)]
