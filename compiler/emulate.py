@@ -23,6 +23,7 @@ from topiarist.compiler.board_runtime import (
 )
 from topiarist.compiler.bundle import check_bundle
 from topiarist.errors import BuildError, BundleError, TargetError
+from topiarist.targets import arm
 from topiarist.targets.linux import available_cores
 from topiarist.targets.spec import TargetSpec
 from topiarist.targets.toolchain import Toolchain
@@ -121,8 +122,9 @@ def cpu_model(target: TargetSpec, toolchain: Toolchain, known: Sequence[str]) ->
     """
     if target.mcpu in known:
         return target.mcpu
-    extras = any(feature.startswith("+") for feature in target.tvm_target.get("mattr", ()))
-    plain = toolchain.plain_cpu if target.mcpu == "generic" and not extras else ""
+    extensions = {f"+{feature.llvm}" for feature in arm.FEATURES.values()}
+    extended = not extensions.isdisjoint(target.tvm_target.get("mattr", ()))
+    plain = toolchain.plain_cpu if target.mcpu == "generic" and not extended else ""
     return plain or "max"
 
 
