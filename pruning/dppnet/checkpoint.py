@@ -49,6 +49,8 @@ def save_checkpoint(
 
 def load_checkpoint(path: Path, model: nn.Module, settings: TrainSettings) -> Position:
     """Bring the network to the state in the file; without a file, the start of training."""
+    if not path.parent.is_dir():
+        raise TrainingError(f"There is no folder {path.parent} for the checkpoint: make it first.")
     if not path.exists():
         return Position()
     try:

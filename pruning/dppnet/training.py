@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,35 +53,36 @@ def train(
         raise TrainingError("The network has no DPP layers: convert it first.")
     start = load_checkpoint(checkpoint, model, settings) if checkpoint else Position()
     for index, stage in enumerate(settings.stages[start.stage :], start.stage):
-        resumed = start if index == start.stage else Position(index)
-        if resumed.epoch == 0:
-            for layer in dpp_layers(model).values():
-                layer.use_masks(stage.masks)
-        optimizer = _optimizer(model, settings, stage)
-        if resumed.optimizer is not None:
-            optimizer.load_state_dict(resumed.optimizer)
-        for epoch in range(resumed.epoch, stage.epochs):
-            for group in optimizer.param_groups:
-                group["lr"] = stage.rate(epoch)
-            with torch.random.fork_rng():
-                torch.manual_seed(settings.seed + 100_000 * index + epoch)
-                loss, accuracy = _epoch(model, batches, optimizer, stage)
+        begin = start if index == start.stage else Position(index)
+        for epoch, optimizer, loss, accuracy in _epochs(model, batches, settings, begin):
             score = evaluate(model) if evaluate else None
             if checkpoint:
                 save_checkpoint(checkpoint, model, settings, optimizer, index, epoch + 1)
             if progress:
+                rate, kept = stage.rate(epoch), kept_positions(model)
                 progress(
-                    EpochReport(
-                        stage=stage.name,
-                        epoch=epoch,
-                        epochs=stage.epochs,
-                        learning_rate=stage.rate(epoch),
-                        loss=loss,
-                        accuracy=accuracy,
-                        kept=kept_positions(model),
-                        score=score,
-                    )
+                    EpochReport(stage.name, epoch, stage.epochs, rate, loss, accuracy, kept, score)
                 )
+
+
+def _epochs(
+    model: nn.Module, batches: Batches, settings: TrainSettings, begin: Position
+) -> Iterator[tuple[int, torch.optim.SGD, float, float]]:
+    """The rest of a stage: each epoch, the optimizer after it, mean cross-entropy, accuracy."""
+    stage = settings.stages[begin.stage]
+    if begin.epoch == 0:
+        for layer in dpp_layers(model).values():
+            layer.use_masks(stage.masks)
+    optimizer = _optimizer(model, settings, stage)
+    if begin.optimizer is not None:
+        optimizer.load_state_dict(begin.optimizer)
+    for epoch in range(begin.epoch, stage.epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = stage.rate(epoch)
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed + 100_000 * begin.stage + epoch)
+            loss, accuracy = _epoch(model, batches, optimizer, stage)
+        yield epoch, optimizer, loss, accuracy
 
 
 def kept_positions(model: nn.Module) -> float:

@@ -17,15 +17,19 @@ def _macs(report, model):
     return sum(layer.dense for layer in report.layers if layer.name in dpp_layers(model))
 
 
-def test_resnet_20():
+def test_stem_and_shortcuts_stay():
     network = ResNet(3, (16, 32, 64))
     model = convert(network)
     assert not dpp_layers(network)
     assert len(dpp_layers(model)) == 18
-    stays = {"conv1", "layers.3.downsample.0", "layers.6.downsample.0"}
-    assert left_alone(network) == stays
+    assert left_alone(network) == {"conv1", "layers.3.downsample.0", "layers.6.downsample.0"}
+
+
+@pytest.mark.parametrize(("blocks", "millions"), [(3, 40.1), (9, 125.0)])
+def test_flops_of_resnet_20_and_56(blocks, millions):
+    model = convert(ResNet(blocks, (16, 32, 64)), DPPSettings(experts=1))
     report = count_flops(model, torch.zeros(1, 3, 32, 32))
-    assert round(_macs(report, model) / 1e6, 1) == 40.1
+    assert round(_macs(report, model) / 1e6, 1) == millions
     assert report.kept == report.dense
     assert report.reduction == 0
 

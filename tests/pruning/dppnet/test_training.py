@@ -124,6 +124,8 @@ def test_checkpoints_that_do_not_fit(tmp_path):
     wider = convert(ResNet(1, (8, 24), classes=4))
     with pytest.raises(TrainingError, match="doesn't fit"):
         train(wider, _loader(), SETTINGS, checkpoint=path)
+    with pytest.raises(TrainingError, match="no folder"):
+        train(_network(), _loader(), SETTINGS, checkpoint=tmp_path / "none" / "training.pt")
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(TrainingError, match="doesn't fit"):
         train(_network(), _loader(), SETTINGS, checkpoint=path)
