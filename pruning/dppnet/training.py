@@ -55,9 +55,9 @@ def train(
     for index, stage in enumerate(settings.stages[start.stage :], start.stage):
         begin = start if index == start.stage else Position(index)
         for epoch, optimizer, loss, accuracy in _epochs(model, batches, settings, begin):
-            score = evaluate(model) if evaluate else None
             if checkpoint:
                 save_checkpoint(checkpoint, model, settings, optimizer, index, epoch + 1)
+            score = evaluate(model) if evaluate else None
             if progress:
                 rate, kept = stage.rate(epoch), kept_positions(model)
                 progress(
