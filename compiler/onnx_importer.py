@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import tvm
+from numpy.typing import NDArray
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 from tvm import relax
@@ -152,12 +153,12 @@ class _Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
             shape = np.array(shape_of(self._nodes[node.input[0]]), np.int64)
             attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
             part = shape[attributes.get("start", 0) : attributes.get("end")]
-            return [relax.const(part if node.op_type == "Shape" else np.array(shape.prod()))]
+            return [_constant(part if node.op_type == "Shape" else np.array(shape.prod()))]
         if not all(is_constant(self._nodes[name]) for name in node.input if name):
             return None
         values = {name: array_of(self._nodes[name]) for name in node.input if name}
         results = _evaluate(node, values, self.opset)
-        return None if results is None else [relax.const(np.asarray(r)) for r in results]
+        return None if results is None else [_constant(np.asarray(r)) for r in results]
 
     def _emit(self, expr: Any, name: str) -> Any:
         """Bind the expression to a variable that is recorded as the layer's."""
@@ -173,6 +174,11 @@ class _Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
         variable = self.bb.emit(expr, name)
         self.layer_names[variable.name] = name
         return variable
+
+
+def _constant(array: NDArray[Any]) -> Any:
+    """The array as it is; without its dtype, TVM would narrow int64 to int32."""
+    return relax.const(array, str(array.dtype))
 
 
 def _evaluate(node: onnx.NodeProto, values: dict[str, Any], version: int) -> list[Any] | None:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+TRAINING = ("topiarist.pruning.dppnet",)  # needs the extra `train`
 LAYERS = ("targets", "schedules", "tuning_logs", "pruning", "compiler")  # imports point left
 EXAMPLE = "examples/deploy_cpp"
 FOLDERS = {
@@ -66,6 +68,13 @@ def test_imports_point_down(path, name):
         assert parts[0] not in LAYERS, f"{name} imports the bare folder {imported}"
         if parts[0] == "topiarist" and len(parts) > 1:
             assert parts[1] in allowed, f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize(("path", "name"), [pytest.param(*m, id=m[1]) for m in _modules()])
+def test_only_training_needs_torch(path, name):
+    if not name.startswith(TRAINING):
+        for imported in _imports(path):
+            assert imported.split(".")[0] != "torch" and not imported.startswith(TRAINING)
 
 
 def _run(*command, cwd, **environment):
@@ -129,7 +138,8 @@ def test_wheel_installs_and_every_module_imports(wheel, tmp_path):
         *("install", "-q", "--no-deps", "--no-index", wheel),
         cwd=tmp_path,
     )
-    modules = [name for _, name in _modules()]
+    torch = importlib.util.find_spec("torch")
+    modules = [name for _, name in _modules() if torch or not name.startswith(TRAINING)]
     code = f"import importlib\nfor m in {modules}: print(importlib.import_module(m).__file__)"
     # On PYTHONPATH the dependencies are found, but .pth files, so the editable install, are not.
     dependencies = os.pathsep.join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})

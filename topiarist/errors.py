@@ -55,3 +55,7 @@ class CalibrationError(TopiaristError):
 
 class BoardError(TopiaristError):
     """A board, or the tracker that knows it, can't be reached, doesn't fit, or has failed."""
+
+
+class TrainingError(TopiaristError):
+    """A network can't be trained as asked, training diverged, or its checkpoint doesn't fit."""

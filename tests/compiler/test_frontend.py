@@ -373,6 +373,19 @@ def test_several_inputs_and_outputs() -> None:
     assert_same(model)
 
 
+def test_a_slice_to_the_end_of_a_shape() -> None:
+    """As PyTorch exports `unflatten`: the end is the largest int64, from a Constant node."""
+    net = Net()
+    y = net.conv(net.input(1, 3, 4, 5), 6, 3)
+    start, end, split = (
+        net.node("Constant", value=numpy_helper.from_array(np.array(values, np.int64)))
+        for values in ([2], [np.iinfo(np.int64).max], [1, 3, -1])
+    )
+    shape = net.node("Concat", split, net.node("Slice", net.node("Shape", y), start, end), axis=0)
+    y = net.node("ReduceSum", net.node("Reshape", y, shape), net.constant([1]), keepdims=0)
+    assert_same(net.model(y))
+
+
 class TestBatch:
     def test_a_dynamic_batch_becomes_one(self) -> None:
         graph = extract_layers(import_model(classifier(13, "N")))

@@ -1,0 +1,74 @@
+"""DPPNet as ONNX, in standard operators: ONNX Runtime runs it, and topiarist compiles it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from topiarist.pruning.dppnet.convert import replace_modules
+from topiarist.pruning.dppnet.layer import DPPConv2d, dpp_layers
+
+_OPSET = 17
+
+
+class SharedExperts(nn.Module):
+    """sum_p a[n, p, o] * conv(x_n, M_p * W_p)[o] + bias: a DPP layer with one kernel per expert.
+
+    The kernels are constants, the same for all images, so that zeros of masks are zeros of
+    weights. An expert without positions has no convolution.
+    """
+
+    def __init__(self, layer: DPPConv2d) -> None:
+        super().__init__()
+        self.attention = layer.attention
+        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
+        kernels = layer.masked_experts().detach()
+        self.experts = [p for p, kernel in enumerate(kernels) if kernel.any()] or [0]
+        for expert in self.experts:
+            self.register_buffer(f"expert_{expert}", kernels[expert].clone())
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, I, H, W] -> [N, O, H', W']."""
+        shares = self.attention(x)[..., None, None].unbind(dim=1)
+        scaled = [self._conv(x, expert) * shares[expert] for expert in self.experts]
+        y = sum(scaled[1:], start=scaled[0])
+        return y if self.bias is None else y + self.bias[:, None, None]
+
+    def _conv(self, x: Tensor, expert: int) -> Tensor:
+        kernel = self.get_buffer(f"expert_{expert}")
+        window = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        return functional.conv2d(x, kernel, **window)
+
+
+def with_shared_experts(model: nn.Module) -> nn.Module:
+    """A copy, for inference, with `SharedExperts` in place of DPP layers."""
+    model = copy.deepcopy(model).eval()
+    made = {layer: SharedExperts(layer) for layer in dpp_layers(model).values()}
+    replace_modules(model, made)
+    return model
+
+
+def export_onnx(model: nn.Module, image: Tensor, path: Path) -> None:
+    """Write the network, with the masks of now; `image` is [N, C, H, W], and any batch will do.
+
+    Input and output are called "input" and "output".
+    """
+    with warnings.catch_warnings():
+        # The exporter that is new needs a package more, for graphs that are no simpler.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(
+            with_shared_experts(model),
+            (image,),
+            path,
+            opset_version=_OPSET,
+            input_names=["input"],
+            output_names=["output"],
+            dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}},
+            dynamo=False,
+        )
