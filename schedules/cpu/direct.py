@@ -215,18 +215,6 @@ class _Kernel:
             tile, split = (p % tiles, p // tiles) if self.few_tiles else (p // splits, p % splits)
             body(tile // (ny * nx), tile // nx % ny, tile % nx, split)
 
-    def in_block_loop(self, body: Callable[[Any, bool, bool], None]) -> None:
-        """body(block index, first, last); the first and last block are peeled."""
-        n = self.in_blocks
-        if n == 1:
-            body(0, True, True)
-            return
-        body(0, True, False)
-        if n > 2:
-            with T.serial(0, n - 2) as q:
-                body(q + 1, False, False)
-        body(n - 1, False, True)
-
     def steps(self, address: TileAddress) -> list[int]:
         return [step for row in address.steps for step in row]
 
@@ -375,7 +363,7 @@ def _sparse_body(k: _Kernel, ops: _Operands, weight: _Csr) -> Callable[[Any, Any
                     for a in range(block):
                         k.store(ops.y, at[a], sums[a], last)
 
-            k.in_block_loop(in_block)
+            emit.peeled(k.in_blocks, in_block)
 
     return tile
 
@@ -487,7 +475,7 @@ class _DenseLoops:
                         at = channel + (split * chunk + within) * size
                         self._product(where, _Step(group, q, first, last), at, size)
 
-            self.k.in_block_loop(in_block)
+            emit.peeled(self.k.in_blocks, in_block)
 
     def _weights_outside(self) -> None:
         """Every block of weights is read once and meets all tiles."""
@@ -504,7 +492,7 @@ class _DenseLoops:
                         step = _Step(group, q, first, last, tile, ny * nx)
                         self._product(where, step, channel + within * size, size)
 
-            self.k.in_block_loop(in_block)
+            emit.peeled(self.k.in_blocks, in_block)
 
     def _product(self, where: _Where, step: _Step, first_channel: Any, size: int) -> None:
         """Accumulate one block of input channels into `size` output channels of one tile."""

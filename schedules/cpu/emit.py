@@ -8,7 +8,7 @@ lower bound of an outer loop around a loop with a dynamic bound).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,6 +123,25 @@ def prefetch(buffer: Any, at: Any, level: int = 1) -> None:
 def loop(extent: Any, threads: int = 1) -> Any:
     """A loop, over threads when there are several."""
     return T.parallel(0, extent) if threads > 1 else T.serial(0, extent)
+
+
+def peeled(count: int, body: Callable[[Any, bool, bool], None]) -> None:
+    """body(index, first, last) in turn; the first and the last are code of their own."""
+    if count == 1:
+        body(0, True, True)
+        return
+    body(0, True, False)
+    if count > 2:
+        with T.serial(0, count - 2) as i:
+            body(i + 1, False, False)
+    body(count - 1, False, True)
+
+
+def masked_store(buffer: Any, at: Any, value: Any, count: int, lanes: int) -> None:
+    """Store the first `count` lanes of a vector."""
+    inside = T.ramp(0, 1, lanes) < splat(T.int32(count), lanes)
+    address = T.address_of(buffer[at])
+    T.evaluate(T.call_llvm_intrin("void", "llvm.masked.store", value, address, inside))
 
 
 def write_halo(y: Any, view: View, batch: int, threads: int) -> None:
