@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.benchmarks import bench_fscnn, plain_engines
+from tests.benchmarks import bench_activations, bench_fscnn, layers, plain_engines
 from tests.graph_reference import outputs_of
 from tests.models import Net
 from topiarist.compiler.graph import Graph
@@ -115,3 +115,32 @@ def test_sparsities_on_the_command_line() -> None:
     assert bench_fscnn._sparsities("90,50") == (0, 50, 90)
     with pytest.raises(argparse.ArgumentTypeError, match="from 0 to 99"):
         bench_fscnn._sparsities("100")
+
+
+def test_density_of_what_convolutions_read(graph: Graph) -> None:
+    """All of the image, and less behind a ReLU."""
+    shape = graph.values[graph.inputs[0]].shape
+    images = np.random.default_rng(1).standard_normal((2, *shape[1:]), np.float32)
+    found = list(bench_activations.input_densities(graph, images).values())
+    assert found[0] == 1
+    assert len(found) == 4 and all(0.05 < density < 1 for density in found[1:])
+
+
+def test_scattering_is_timed_at_every_density() -> None:
+    """Beside our kernel and the plain operator; a small layer."""
+    found = bench_activations.time_layer(layers.Shape(8, 8, 8, 3), seconds=0.01)
+    ways = {bench_activations.OURS, bench_activations.PLAIN}
+    ways |= {bench_activations.label(density) for density in bench_activations.DENSITIES}
+    assert set(found["ms"]) == ways
+    assert all(ms > 0 for ms in found["ms"].values())
+    shown = bench_activations.time_table({"L": found})
+    assert shown.row_count == len(ways) + 2
+
+
+def test_where_scattering_wins() -> None:
+    """Over the plain operator up to a density, over our kernel at none."""
+    times = {bench_activations.label(d): 100 * d for d in bench_activations.DENSITIES}
+    found = bench_activations.wins_up_to(
+        times | {bench_activations.OURS: 0.5, bench_activations.PLAIN: 10}
+    )
+    assert found == {bench_activations.OURS: None, bench_activations.PLAIN: pytest.approx(0.1)}
