@@ -19,6 +19,7 @@ from topiarist.compiler.graph import (
     Node,
     Opaque,
     Pool,
+    Subsample,
     View,
 )
 
@@ -53,6 +54,8 @@ def _evaluate(node: Node, inputs: list[Array], shape: tuple[int, ...]) -> Array:
         return _pool(node, inputs[0], shape)
     if isinstance(node, GlobalPool):
         return np.asarray(inputs[0].mean(axis=(2, 3), keepdims=True))
+    if isinstance(node, Subsample):
+        return inputs[0][:, :, :: node.strides[0], :: node.strides[1]]
     if isinstance(node, Add):
         return _activate(inputs[0] + inputs[1], node.activation)
     if isinstance(node, Affine):

@@ -29,7 +29,7 @@ from topiarist.compiler.input_data import random_inputs
 from topiarist.compiler.verify import verify
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("topiarist", "apache-tvm", "onnxruntime", "openvino", "onnx", "numpy")
+PACKAGES = ("topiarist", "apache-tvm", "onnxruntime", "openvino", "torch", "onnx", "numpy")
 
 Feeds = Mapping[str, NDArray[Any]]
 
