@@ -73,17 +73,17 @@ class Parts:
         """The functions ready to call on this machine. Raises BuildError."""
         new = [name for name in names if name not in self._compiled]
         if new:
-            library = self.library(new)
+            library = self.built(new)
             self._compiled.update({name: library[name] for name in new})
         return self._compiled
 
     def export(self, names: Sequence[str], path: Path) -> Path:
         """The functions as a shared library for the target's machine. Raises BuildError."""
         linker = find_linker(self.target)
-        self.library(names).export_library(str(path), fcompile=linker)
+        self.built(names).export_library(str(path), fcompile=linker)
         return path
 
-    def library(self, names: Sequence[str]) -> Any:
+    def built(self, names: Sequence[str]) -> Any:
         """The machine code of the functions together. Raises BuildError."""
         functions = {name: self.functions[name] for name in names}
         try:

@@ -43,7 +43,7 @@ class BoardProgram:
 class TrialRequest:
     """Networks to run in turn. The reply is a list of `Seconds`."""
 
-    library: Path
+    path: Path  # of the shared library
     constants: tuple[NDArray[Any], ...]
     programs: tuple[BoardProgram, ...]
 
@@ -52,7 +52,7 @@ class TrialRequest:
 class CallRequest:
     """A function to time on buffers and constants. The reply is every repeat's seconds."""
 
-    library: Path
+    path: Path  # of the shared library
     function: str
     args: tuple[Ref | NDArray[Any], ...]
 
@@ -67,7 +67,7 @@ class BoardTrial:
     def run(self, request: TrialRequest) -> list[Seconds]:
         """The median seconds of every call of each network."""
         self.tell("trial", None)
-        module = self.session.upload(request.library)
+        module = self.session.upload(request.path)
         constants = [self.session.tensor(array) for array in request.constants]
         runs = [self._prepared(module, program, constants) for program in request.programs]
         return medians(runs)
@@ -98,7 +98,7 @@ class BoardTrial:
     def time(self, request: CallRequest) -> tuple[float, ...]:
         """Seconds of a call, repeated."""
         self.tell("prepare", None)
-        function = (self.session.upload(request.library), request.function)
+        function = (self.session.upload(request.path), request.function)
         random = np.random.default_rng(0)
         arguments = self.session.turns(
             [self._random(arg, random) if isinstance(arg, Ref) else arg for arg in request.args]
