@@ -348,7 +348,7 @@ class Chooser:
         return [
             Candidate(known.kernel.name, known.config, known.record.run_us, recorded=known.record)
             for known in self.recorded.convs(site, measured)
-            if known.kernel in usable and self._exact_enough(known.kernel, known.config)
+            if known.kernel in usable and self._exact_enough(known.kernel, site, known.config)
         ]
 
     def _try(
@@ -389,12 +389,12 @@ class Chooser:
         fitting = (
             config
             for config in kernel.knobs(site)
-            if kernel.fits(site, config) and self._exact_enough(kernel, config)
+            if kernel.fits(site, config) and self._exact_enough(kernel, site, config)
         )
         return list(itertools.islice(fitting, count))
 
-    def _exact_enough(self, kernel: ConvKernel[Any], config: Any) -> bool:
-        return kernel.added_error(config) <= self.layer_error
+    def _exact_enough(self, kernel: ConvKernel[Any], site: ConvSite, config: Any) -> bool:
+        return kernel.added_error(site.workload, config) <= self.layer_error
 
     def _candidate(
         self, kernel: ConvKernel[Any], config: KernelConfig, node: Conv, site: ConvSite

@@ -258,7 +258,7 @@ def candidates_of(
         for kernel in kernels
         if kernel.refuses(site.workload, site.target) is None
         for config in kernel.knobs(site)
-        if kernel.fits(site, config) and kernel.added_error(config) <= max_error
+        if kernel.fits(site, config) and kernel.added_error(site.workload, config) <= max_error
     ]
 
 

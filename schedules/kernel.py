@@ -72,7 +72,7 @@ class ConvKernel(ABC, Generic[C]):
     def estimate_us(self, site: ConvSite, config: C) -> float:
         """Microseconds on one core by counting instructions and footprints; only ranks."""
 
-    def added_error(self, config: C) -> float:
+    def added_error(self, workload: ConvWorkload, config: C) -> float:
         """Error beyond that of summing the products in fp32, relative to the largest output."""
         return 0.0
 

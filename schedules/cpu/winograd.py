@@ -1,16 +1,20 @@
-"""Winograd convolution F(m x m, 3x3) on lane-strided vectors (Lavin and Gray, CVPR 2016).
+"""Winograd convolution F(m x m, r x r) on lane-strided vectors (Lavin and Gray, CVPR 2016).
 
 Every lane works on its own sub-image, so the transforms are plain vector arithmetic. In blocks of
 tiles: the patches of the input are transformed to V [frequency][C][tile], multiplied per frequency
 with the transformed weight U [frequency][O][C] to M [frequency][O][tile], and M is transformed
-back. A multiplication serves m * m outputs of (m + 2)^2 products instead of 9 m * m.
+back. Of 3x3 taps, m * m outputs take (m + 2)^2 products instead of 9 m * m.
+
+A convolution of stride s is the sum of s * s convolutions of stride 1, of every s-th row and column
+of the image with every s-th tap: phases, which count as input channels of their own here. The 7x7
+window of stride 2 that ResNets begin with becomes four of 4x4 taps: 49 products for 16 outputs and
+phase, instead of 16 * 49 for all four.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -21,15 +25,12 @@ from topiarist.schedules.cpu import emit
 from topiarist.schedules.cpu.ahead import Ahead
 from topiarist.schedules.cpu.core import Core, core_of
 from topiarist.schedules.cpu.direct import refuses_views
+from topiarist.schedules.cpu.minimal_filter import MOST_PRODUCTS, MinimalFilter
 from topiarist.schedules.kernel import ConvKernel, ConvSite, KernelConfig, Packed
 from topiarist.schedules.layout import View
 from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets.spec import TargetSpec
 
-TAPS = 3
-# Relative to the largest output, by outputs per tile edge: the largest seen over the layers of
-# ResNet-50 and VGG16 with normal weights.
-_ADDED_ERROR = {1: 0.0, 2: 1e-6, 4: 1e-5}
 _SKEW_BYTES = 4096  # planes at a multiple of this share few cache sets
 _MOVED_SHARE = 0.75  # of what a core reads in order, for transformed weights
 _LOAD = 1.6  # a load relative to those of the direct form
@@ -56,75 +57,45 @@ class WinogradConfig(KernelConfig):
         return f"F({self.rows}x{self.cols}) {self.tiles}/{self.block_tiles}x{self.out_block}"
 
 
-def _weight_transform(m: int) -> NDArray[np.float64]:
-    """G [m + 2, 3] of U = G g G^T."""
-    if m == 1:
-        return np.eye(TAPS)
-    if m == 2:
-        half = Fraction(1, 2)
-        rows = [[1, 0, 0], [half, half, half], [half, -half, half]]
-    else:
-        sixth, twelfth = Fraction(1, 6), Fraction(1, 12)
-        rows = [
-            [Fraction(1, 4), 0, 0],
-            [-sixth, -sixth, -sixth],
-            [-sixth, sixth, -sixth],
-            [twelfth / 2, twelfth, sixth],
-            [twelfth / 2, -twelfth, sixth],
-        ]
-    return np.array([*rows, [0, 0, 1]], np.float64)
-
-
-def _input_transform(m: int, d: Vectors, lanes: int) -> Vectors:
-    """B^T d along one axis, m + 2 vectors of m + 2."""
-    if m == 1:
-        return d
-    if m == 2:
-        return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]]
-    two, four, five = (emit.splat(float(value), lanes) for value in (2, 4, 5))
-    even, odd = _bind(d[4] - four * d[2], d[3] - four * d[1])
-    near, far = _bind(d[4] - d[2], two * (d[3] - d[1]))
-    return [
-        four * d[0] - five * d[2] + d[4],
-        even + odd,
-        even - odd,
-        near + far,
-        near - far,
-        four * d[1] - five * d[3] + d[5],
-    ]
-
-
-def _output_transform(m: int, s: Vectors, lanes: int) -> Vectors:
-    """A^T s along one axis, m vectors of m + 2."""
-    if m == 1:
-        return [s[0] + s[1] + s[2]]
-    if m == 2:
-        return [s[0] + s[1] + s[2], s[1] - s[2] - s[3]]
-    two, four, eight = (emit.splat(float(value), lanes) for value in (2, 4, 8))
-    even, odd = _bind(s[1] + s[2], s[1] - s[2])
-    far_even, far_odd = _bind(s[3] + s[4], s[3] - s[4])
-    return [
-        s[0] + even + far_even,
-        odd + two * far_odd,
-        even + four * far_even,
-        odd + eight * far_odd + s[5],
-    ]
-
-
 def _bind(*values: Any) -> Vectors:
     return [T.bind(value) for value in values]
 
 
+Transform = Callable[[MinimalFilter, Vectors, int], Vectors]
+
+
 def _along_both(
-    transform: Callable[[int, Vectors, int], Vectors],
-    sizes: tuple[int, int],
+    transform: Transform,
+    filters: tuple[MinimalFilter, MinimalFilter],
     patch: list[Vectors],
     lanes: int,
 ) -> list[Vectors]:
     """The transform of the rows of a patch, then of its columns."""
-    by_row = [_bind(*transform(sizes[1], row, lanes)) for row in patch]
-    columns = [transform(sizes[0], list(column), lanes) for column in zip(*by_row, strict=True)]
+    by_row = [_bind(*transform(filters[1], row, lanes)) for row in patch]
+    columns = [transform(filters[0], list(column), lanes) for column in zip(*by_row, strict=True)]
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _filters(workload: ConvWorkload, config: WinogradConfig) -> tuple[MinimalFilter, MinimalFilter]:
+    """Along both axes."""
+    rows, cols = _taps(workload)
+    return MinimalFilter(config.rows, rows), MinimalFilter(config.cols, cols)
+
+
+def _taps(workload: ConvWorkload) -> tuple[int, int]:
+    """Taps of a phase, of the one with most."""
+    rows, cols = (-(-k // s) for k, s in zip(workload.kernel, workload.strides, strict=True))
+    return rows, cols
+
+
+def _frequencies(workload: ConvWorkload, config: WinogradConfig) -> int:
+    rows, cols = _filters(workload, config)
+    return rows.products * cols.products
+
+
+def _inputs(workload: ConvWorkload) -> int:
+    """Input channels, each phase counted."""
+    return workload.in_channels * workload.strides[0] * workload.strides[1]
 
 
 @dataclass(frozen=True)
@@ -167,8 +138,12 @@ class _Winograd:
         return self.y.layout.grid.lanes
 
     @property
-    def sizes(self) -> tuple[int, int]:
-        return self.config.rows, self.config.cols
+    def filters(self) -> tuple[MinimalFilter, MinimalFilter]:
+        return _filters(self.workload, self.config)
+
+    @property
+    def inputs(self) -> int:
+        return _inputs(self.workload)
 
     @property
     def axes(self) -> tuple[_Axis, _Axis]:
@@ -177,7 +152,7 @@ class _Winograd:
 
     @property
     def frequencies(self) -> int:
-        return (self.config.rows + TAPS - 1) * (self.config.cols + TAPS - 1)
+        return _frequencies(self.workload, self.config)
 
     @property
     def tile_count(self) -> int:
@@ -210,7 +185,7 @@ class _Winograd:
     def emit(self, x: Any, weight: Any, bias: Any, residual: Any, y: Any) -> None:
         """All loops."""
         w = self.workload
-        v = T.alloc_buffer((self.frequencies * self.plane(w.in_channels),), "float32")
+        v = T.alloc_buffer((self.frequencies * self.plane(self.inputs),), "float32")
         m = T.alloc_buffer((self.frequencies * self.plane(w.out_channels),), "float32")
         blocks = self.tile_count // self.config.tiles
         with T.serial(0, w.batch) as image, T.serial(0, blocks) as block:
@@ -219,27 +194,47 @@ class _Winograd:
             self._transform_output(m, bias, residual, y, image, block)
 
     def _transform_input(self, x: Any, v: Any, image: Any, block: Any) -> None:
-        layout, tiles = self.x.layout, self.config.tiles
-        top, left = self.workload.padding[:2]
+        tiles, (down, across) = self.config.tiles, self.workload.strides
         with (
             emit.loop(self.workload.in_channels, self.threads) as c,
             T.serial(0, tiles) as t,
         ):
             row, col, _, _ = self.tile_starts(block, t)
-            base = T.bind(self.x.at(image, c) + layout.offset(row - top, col - left))
-            step_row = layout.offset(1, 0) - layout.offset(0, 0)
-            patch = [
-                [
-                    T.bind(x[emit.ramp(base + i * step_row + j * self.lanes, self.lanes)])
-                    for j in range(self.config.cols + TAPS - 1)
-                ]
-                for i in range(self.config.rows + TAPS - 1)
-            ]
-            found = _along_both(_input_transform, self.sizes, patch, self.lanes)
-            at = T.bind((c * tiles + t) * self.lanes)
-            plane = self.plane(self.workload.in_channels)
-            for f, value in enumerate(value for line in found for value in line):
-                T.buffer_store(v, value, [emit.ramp(at + f * plane, self.lanes)])
+            for phase in range(down * across):
+                patch = self._patch(x, image, c, (row, col), divmod(phase, across))
+                found = _along_both(MinimalFilter.input_transform, self.filters, patch, self.lanes)
+                at = T.bind(((c * down * across + phase) * tiles + t) * self.lanes)
+                plane = self.plane(self.inputs)
+                for f, value in enumerate(value for line in found for value in line):
+                    T.buffer_store(v, value, [emit.ramp(at + f * plane, self.lanes)])
+
+    def _patch(
+        self, x: Any, image: Any, c: Any, tile: tuple[Any, Any], phase: tuple[int, int]
+    ) -> list[Vectors]:
+        """What a tile reads of one phase of a channel; zeros where that phase has no tap."""
+        layout, w = self.x.layout, self.workload
+        first = [
+            start * s + p - pad
+            for start, s, p, pad in zip(tile, w.strides, phase, w.padding[:2], strict=True)
+        ]
+        base = T.bind(self.x.at(image, c) + layout.offset(*first))
+        step = [
+            layout.offset(1, 0) - layout.offset(0, 0),
+            layout.offset(0, 1) - layout.offset(0, 0),
+        ]
+        read = [
+            f.outputs + len(range(p, k, s)) - 1
+            for f, p, k, s in zip(self.filters, phase, w.kernel, w.strides, strict=True)
+        ]
+
+        def value(i: int, j: int) -> Any:
+            if i >= read[0] or j >= read[1]:
+                return emit.splat(0.0, self.lanes)
+            at = base + i * w.strides[0] * step[0] + j * w.strides[1] * step[1]
+            return T.bind(x[emit.ramp(at, self.lanes)])
+
+        rows, cols = (f.products for f in self.filters)
+        return [[value(i, j) for j in range(cols)] for i in range(rows)]
 
     def _multiply(self, v: Any, weight: Any, m: Any) -> None:
         w, c = self.workload, self.config
@@ -247,7 +242,7 @@ class _Winograd:
             for first, count, size in self.segments():
                 with T.serial(0, count) as o, T.serial(0, c.tiles // c.block_tiles) as part:
                     channel = first + o * size
-                    u_at = T.bind((f * w.out_channels + channel) * w.in_channels)
+                    u_at = T.bind((f * w.out_channels + channel) * self.inputs)
                     sums = [emit.accumulators(c.block_tiles, self.lanes) for _ in range(size)]
                     self._product(sums, (v, self._v_at(f, part)), (weight, u_at), part)
                     for a in range(size):
@@ -262,14 +257,14 @@ class _Winograd:
     def _v_at(self, f: Any, part: Any) -> Any:
         """Where a frequency's tiles of the first channel start."""
         within = part * self.config.block_tiles * self.lanes
-        return T.bind(f * self.plane(self.workload.in_channels) + within)
+        return T.bind(f * self.plane(self.inputs) + within)
 
     def _product(
         self, sums: list[Vectors], tiles: tuple[Any, Any], panel: tuple[Any, Any], part: Any
     ) -> None:
         """sums[o][t] = sum over C of U[o][C] V[C][t] from (buffer, start) of each."""
         (v, v_at), (weight, u_at) = tiles, panel
-        c, lanes, channels = self.config, self.lanes, self.workload.in_channels
+        c, lanes, channels = self.config, self.lanes, self.inputs
         ahead = Ahead.of(channels, len(sums), c.tiles // c.block_tiles)
         for row in sums:
             for total in row:
@@ -290,12 +285,12 @@ class _Winograd:
     ) -> None:
         tiles, lanes = self.config.tiles, self.lanes
         plane = self.plane(self.workload.out_channels)
-        edge = self.config.cols + TAPS - 1
+        edge = self.filters[1].products
         with emit.loop(self.workload.out_channels, self.threads) as o, T.serial(0, tiles) as t:
             at = T.bind((o * tiles + t) * lanes)
             read = [T.bind(m[emit.ramp(at + f * plane, lanes)]) for f in range(self.frequencies)]
             patch = [read[i : i + edge] for i in range(0, len(read), edge)]
-            found = _along_both(_output_transform, self.sizes, patch, lanes)
+            found = _along_both(MinimalFilter.output_transform, self.filters, patch, lanes)
             values = [_bind(*line) for line in found]
             start = T.bind(emit.splat(bias[o], lanes))
             row, col, new_row, new_col = self.tile_starts(block, t)
@@ -338,17 +333,24 @@ def _divisors(size: int, limit: int) -> Iterator[int]:
 
 
 class WinogradDense(ConvKernel[WinogradConfig]):
-    """Dense 3x3 convolution of stride 1 by Winograd's minimal filtering."""
+    """Dense convolution by Winograd's minimal filtering, of any stride."""
 
     name = "winograd_dense"
     sparse = False
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
-        """Serves 3x3 windows of stride 1 without groups or dilation."""
-        if workload.kernel != (TAPS, TAPS):
-            return f"window {workload.kernel[0]}x{workload.kernel[1]} is not 3x3"
-        if workload.strides != (1, 1) or workload.dilation != (1, 1):
-            return "strides and dilation must be 1"
+        """Serves windows of a few taps per phase of the stride, without groups or dilation."""
+        taps = _taps(workload)
+        if max(taps) == 1:
+            return (
+                f"window {_by(workload.kernel)} at stride {_by(workload.strides)} shares no input"
+            )
+        if max(taps) >= MOST_PRODUCTS:
+            return f"{_by(taps)} taps per phase are too many for its precision"
+        if any(s > k for k, s in zip(workload.kernel, workload.strides, strict=True)):
+            return "the stride passes over inputs"
+        if workload.dilation != (1, 1):
+            return "dilation must be 1"
         if workload.groups != 1:
             return "groups share no input channels"
         return None
@@ -361,6 +363,8 @@ class WinogradDense(ConvKernel[WinogradConfig]):
             for cols in (1, 2, 4):
                 single = (rows, cols) == (1, 1) != (grid.rows, grid.cols)
                 if rows > grid.rows or cols > grid.cols or single:
+                    continue
+                if not _computable(site.workload, rows, cols):
                     continue
                 count = -(-grid.rows // rows) * -(-grid.cols // cols)
                 found |= set(self._blockings(site, rows, cols, count))
@@ -384,32 +388,33 @@ class WinogradDense(ConvKernel[WinogradConfig]):
     def estimate_us(self, site: ConvSite, config: WinogradConfig) -> float:
         """Multiply-adds, transforms and the reading of the transformed weight."""
         w, grid = site.workload, site.views.y.layout.grid
-        frequencies = (config.rows + TAPS - 1) * (config.cols + TAPS - 1)
+        frequencies, inputs = _frequencies(w, config), _inputs(w)
         tiles = w.batch * -(-grid.rows // config.rows) * -(-grid.cols // config.cols)
         fmas = config.block_tiles * config.out_block
         core = core_of(site.target)
         loads = (config.block_tiles + config.out_block) * core.dense_load
         step = max(fmas * core.dense_fma, loads * _LOAD, core.latency) + core.exposed * loads
-        products = frequencies * tiles * w.in_channels * w.out_channels / fmas * step
-        transforms = core.transform * frequencies * tiles * (w.in_channels + w.out_channels)
-        weights = frequencies * w.in_channels * w.out_channels * 4
+        products = frequencies * tiles * inputs * w.out_channels / fmas * step
+        transforms = core.transform * frequencies * tiles * (inputs + w.out_channels)
+        weights = frequencies * inputs * w.out_channels * 4
         rounds = tiles / config.tiles
         near = 0.5 * site.target.l2_bytes
         reads = weights * rounds / (_MOVED_SHARE * core.far_bytes) if weights > near else 0.0
-        work = frequencies * config.tiles * site.target.lanes * 4 * (w.in_channels + w.out_channels)
+        work = frequencies * config.tiles * site.target.lanes * 4 * (inputs + w.out_channels)
         spill = 1.3 if work > site.target.l2_bytes else 1.0
         return (max(products, reads) + transforms * spill) / core.cycles_per_us
 
-    def added_error(self, config: WinogradConfig) -> float:
-        """That of the larger tile edge."""
-        return _ADDED_ERROR[max(config.rows, config.cols)]
+    def added_error(self, workload: ConvWorkload, config: WinogradConfig) -> float:
+        """That of the axis with more products."""
+        return max(f.added_error for f in _filters(workload, config))
 
     def pack(self, site: ConvSite, config: WinogradConfig, weight: FloatArray) -> Packed:
-        """U = G g G^T as [frequency][block of O][C][o], computed in float64."""
+        """U = G g G^T as [frequency][block of O][C and phase][o], computed in float64."""
         loops = _require(site, config)
-        g_rows, g_cols = _weight_transform(config.rows), _weight_transform(config.cols)
-        u = np.einsum("ik,ockl,jl->ijoc", g_rows, weight.astype(np.float64), g_cols, optimize=True)
-        u = u.reshape(loops.frequencies, *weight.shape[:2])
+        rows, cols = (f.weight_transform() for f in loops.filters)
+        phases = _phases(site.workload, weight.astype(np.float64))
+        u = np.einsum("ik,ockl,jl->ijoc", rows, phases, cols, optimize=True)
+        u = u.reshape(loops.frequencies, *phases.shape[:2])
         parts = [
             u[:, first : first + count * size]
             .reshape(loops.frequencies, count, size, -1)
@@ -425,7 +430,7 @@ class WinogradDense(ConvKernel[WinogradConfig]):
         w, views = site.workload, site.views
         with emit.prim_func(name) as builder:
             x = emit.argument("x", w.batch * views.x.layout.size)
-            weight = emit.argument("u", loops.frequencies * w.out_channels * w.in_channels)
+            weight = emit.argument("u", loops.frequencies * w.out_channels * loops.inputs)
             bias = emit.argument("bias", w.out_channels)
             residual = None
             if views.residual is not None:
@@ -434,6 +439,25 @@ class WinogradDense(ConvKernel[WinogradConfig]):
             loops.emit(x, weight, bias, residual, y)
             emit.write_halo(y, views.y, w.batch, site.threads)
         return builder.get()
+
+
+def _by(pair: Sequence[int]) -> str:
+    return f"{pair[0]}x{pair[1]}"
+
+
+def _computable(workload: ConvWorkload, rows: int, cols: int) -> bool:
+    """Whether these tiles take few enough products, and share some along every axis."""
+    filters = [MinimalFilter(m, r) for m, r in zip((rows, cols), _taps(workload), strict=True)]
+    return all(f.products <= MOST_PRODUCTS and (f.outputs == 1 or f.taps > 1) for f in filters)
+
+
+def _phases(workload: ConvWorkload, weight: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The weight [O, C, kh, kw] as [O, C * phases, taps, taps], with zeros where one has fewer."""
+    (kh, kw), (sy, sx) = workload.kernel, workload.strides
+    padded = np.pad(weight, ((0, 0), (0, 0), (0, -kh % sy), (0, -kw % sx)))
+    o, c, height, width = padded.shape
+    split = padded.reshape(o, c, height // sy, sy, width // sx, sx)
+    return split.transpose(0, 1, 3, 5, 2, 4).reshape(o, c * sy * sx, height // sy, width // sx)
 
 
 def _loops(site: ConvSite, config: WinogradConfig) -> _Winograd | None:
@@ -452,6 +476,8 @@ def _loops(site: ConvSite, config: WinogradConfig) -> _Winograd | None:
     )
     grid = views.y.layout.grid
     if config.rows > grid.rows or config.cols > grid.cols:
+        return None
+    if not _computable(site.workload, config.rows, config.cols):
         return None
     if loops.tile_count % config.tiles or config.tiles % config.block_tiles:
         return None

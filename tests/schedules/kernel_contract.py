@@ -315,7 +315,8 @@ def check(
     for name, config in named.items():
         got = check_written(views.y, before, results[name])
         error = relative_error(got, want)
-        assert error < TOLERANCE, f"{kernel.name} {config}: relative error {error:.2g}"
+        allowed = TOLERANCE + kernel.added_error(w, config)
+        assert error < allowed, f"{kernel.name} {config}: relative error {error:.2g}"
 
 
 def sparse_enough(workload: ConvWorkload) -> ConvWorkload:
@@ -436,7 +437,7 @@ class ConvKernelContract:
         problem = make_problem(CASES[name], target.lanes)
         want = np.sort(problem.weight[problem.weight != 0])
         for config in spread(fitting(kernel, problem, target)):
-            if kernel.added_error(config):
+            if kernel.added_error(problem.workload, config):
                 pytest.skip(f"{kernel.name} transforms the weight")
             packed = kernel.pack(site_of(problem, target), config, problem.weight)
             values = np.concatenate([part for part in packed if part.dtype == np.float32])
