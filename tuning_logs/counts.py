@@ -25,6 +25,7 @@ _TILED = tuple(
 _WINOGRAD = tuple(
     f"config.{name}" for name in ("rows", "cols", "tiles", "block_tiles", "out_block")
 )
+_3X3 = (("kernel", 3.0), ("strides", 1.0))
 
 
 def counts(n: Numbers) -> dict[str, float]:
@@ -123,7 +124,12 @@ def _winograd(n: Numbers, inputs: float, outputs: float, batch: float) -> dict[s
     """Products per frequency, and the transforms."""
     rows, cols, at_once = n["config.rows"], n["config.cols"], n["config.tiles"]
     block_tiles, out_block = n["config.block_tiles"], n["config.out_block"]
-    frequencies = (rows + 2) * (cols + 2)
+    kernel, strides = (
+        [n.get(f"workload.{name}.{i}", known) for i in (0, 1)] for name, known in _3X3
+    )
+    taps = [-(-k // s) for k, s in zip(kernel, strides, strict=True)]
+    frequencies = (rows + taps[0] - 1) * (cols + taps[1] - 1)
+    inputs = inputs * strides[0] * strides[1]  # each phase of a stride is a channel of its own
     down, across = n.get("output.rows", rows), n.get("output.cols", cols)
     tiles = batch * -(-down // rows) * -(-across // cols)
     products = frequencies * tiles * inputs * outputs

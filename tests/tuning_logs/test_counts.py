@@ -58,3 +58,20 @@ def test_winograd_rounds_tiles_up(record: MakeRecord) -> None:
     assert found["fmas"] == 16 * 8 * 64 * 64
     assert found["columns"] == 16 * 8 * 64 * 64 / 16
     assert found["transformed_in"] == 16 * 8 * 64
+
+
+def test_winograd_counts_phases_of_a_stride(record: MakeRecord) -> None:
+    """A 7x7 window of stride 2 is four of 4x4 taps."""
+    what = make_what("winograd_dense")
+    knobs = {"rows": 4, "cols": 4, "tiles": 2, "block_tiles": 2, "out_block": 8}
+    winograd = record(
+        kernel="winograd_dense",
+        workload={**what.workload, "kernel": [7, 7], "strides": [2, 2]},
+        config=knobs,
+        input_layout=what.input_layout,
+        output_layout=what.output_layout,
+    ).input
+    found = counts(features(winograd))
+    tiles = 2 * 1  # of 7 x 4 vectors
+    assert found["fmas"] == 49 * tiles * (4 * 64) * 64
+    assert found["transformed_in"] == 49 * tiles * (4 * 64)
