@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TRAINING = ("topiarist.pruning.dppnet",)  # needs the extra `train`
+TRAINING = tuple(f"topiarist.pruning.{n}" for n in ("dppnet", "gsl", "training"))  # need torch
 LAYERS = ("targets", "schedules", "tuning_logs", "pruning", "compiler")  # imports point left
 EXAMPLE = "examples/deploy_cpp"
 FOLDERS = {
