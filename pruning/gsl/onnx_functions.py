@@ -73,17 +73,19 @@ def _max_pool(call: Call) -> Tensor:
 
 def _average_pool(call: Call) -> Tensor:
     x, kernel = call.inputs[0], tuple(call.get("kernel_shape", ()))
-    window = {
-        "kernel_size": kernel,
-        "stride": tuple(call.get("strides", (1, 1))),
-        "ceil_mode": bool(call.get("ceil_mode", 0)),
-    }
     sides = pads(call.node, x.shape[2:], kernel)
-    mean = functional.avg_pool2d(functional.pad(x, sides), **window)
+
+    def mean(values: Tensor) -> Tensor:
+        return functional.avg_pool2d(
+            functional.pad(values, sides),
+            kernel,
+            tuple(call.get("strides", (1, 1))),
+            ceil_mode=bool(call.get("ceil_mode", 0)),
+        )
+
     if call.get("count_include_pad", 0) or not any(sides):
-        return mean
-    inside = functional.pad(torch.ones_like(x[:1, :1]), sides)
-    return mean / functional.avg_pool2d(inside, **window)
+        return mean(x)
+    return mean(x) / mean(torch.ones_like(x[:1, :1]))
 
 
 def _clip(call: Call) -> Tensor:

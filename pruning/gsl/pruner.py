@@ -84,7 +84,6 @@ class Pruner:
         """Copies as they are now, [O, C / groups, kh, kw] each."""
         return {name: _four(self._layers[name].weight).cpu().numpy().copy() for name in layers}
 
-    @torch.no_grad()
     def prune(self, layers: Collection[str]) -> None:
         """Prune these too, from what they are now."""
         for name in layers:
@@ -93,19 +92,18 @@ class Pruner:
                 layer.mode = "pruned"
                 layer.hidden = layer.weight.detach().clone() if self.method.splices else None
 
-    @torch.no_grad()
     def freeze(self, name: str) -> None:
         """Keep the zeros of a layer that was pruned, whatever an optimizer does."""
         layer = self._layers[name]
         layer.mode, layer.hidden = "frozen", None
-        layer.mask = layer.weight != 0
+        layer.mask = layer.weight.detach() != 0
 
-    @torch.no_grad()
     def restore(self, name: str) -> None:
         """Give a layer the weights that it came with, and its optimizer nothing to go on from."""
         layer = self._layers[name]
         layer.mode, layer.hidden = "dense", None
-        layer.weight.copy_(layer.dense)
+        with torch.no_grad():
+            layer.weight.copy_(layer.dense)
         layer.mask.fill_(True)
         if self._optimizer is not None:
             self._optimizer.state.pop(layer.weight, None)
@@ -129,28 +127,29 @@ class Pruner:
             layer.hidden = None if hidden is None else hidden.to(layer.weight.device).clone()
         self.step = state["step"]
 
-    @torch.no_grad()
     def _before(self) -> None:
-        for layer in self._layers.values():
-            gradient = layer.weight.grad
-            if layer.mode == "frozen" and gradient is not None:
-                gradient.masked_fill_(~layer.mask, 0.0)
-            if layer.mode != "pruned":
-                continue
-            pull = self.method.pull(_four(layer.weight), layer.groups)
-            if pull is not None and gradient is not None:
-                gradient.add_(pull.view_as(gradient))
-            if layer.hidden is not None:
-                layer.weight.copy_(layer.hidden)
-            layer.before = layer.weight.detach().clone()
+        with torch.no_grad():
+            for layer in self._layers.values():
+                if layer.mode == "pruned":
+                    self._pull(layer)
+                elif layer.mode == "frozen" and layer.weight.grad is not None:
+                    layer.weight.grad.masked_fill_(~layer.mask, 0.0)
 
-    @torch.no_grad()
+    def _pull(self, layer: _Layer) -> None:
+        pull = self.method.pull(_four(layer.weight), layer.groups)
+        if pull is not None and layer.weight.grad is not None:
+            layer.weight.grad.add_(pull.view_as(layer.weight))
+        if layer.hidden is not None:
+            layer.weight.copy_(layer.hidden)
+        layer.before = layer.weight.detach().clone()
+
     def _after(self) -> None:
-        for name, layer in self._layers.items():
-            if layer.mode == "pruned":
-                self._mask(name, layer)
-            if layer.mode != "dense":
-                layer.show()
+        with torch.no_grad():
+            for name, layer in self._layers.items():
+                if layer.mode == "pruned":
+                    self._mask(name, layer)
+                if layer.mode != "dense":
+                    layer.show()
         self.step += 1
 
     def _mask(self, name: str, layer: _Layer) -> None:
