@@ -31,10 +31,10 @@ from topiarist.targets import registry
 
 MODEL = SHARED / "cifar10_resnet20.onnx"
 MEAN, DEVIATION = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))
-RATES = (0.25, 0.75, 1.25, 1.75)  # of surgery: standard deviations above the mean magnitude
+RATES = (0.5, 1.0, 1.5, 2.0)  # of surgery: standard deviations above the mean magnitude
 WAYS = ("guided", "unguided")
-STEPS, ROUNDS, TUNE_ROUNDS = 25, 6, 5
-LEARNING_RATE = 0.003
+STEPS, ROUNDS, TUNE_ROUNDS = 50, 8, 8
+LEARNING_RATE = 0.006
 STAGES = ("train", "compile", "time")
 DENSE = "dense"
 COLOURS = {"guided": "#2a7d5f", "unguided": "#b3592b", DENSE: "#2b3a35"}
