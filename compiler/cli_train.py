@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -30,10 +30,9 @@ if TYPE_CHECKING:
     from topiarist.pruning.gsl.methods import Method
     from topiarist.pruning.gsl.training import RoundReport
 
-STRUCTURES = ("block4x1", "block8x1", "filter", "position")
-METHODS = ("surgery", "lasso", *STRUCTURES)
 STRENGTHS = {"surgery": 1.0, "lasso": 1e-3}
 GROUP_STRENGTH = 5e-4
+RAMP = 0.8  # of all steps of pruning, over which surgery's threshold grows
 
 
 @command
@@ -154,7 +153,7 @@ def train_prune(
             from topiarist.compiler.pipeline import compile_model
 
             compiled = compile_model(
-                *(output,),
+                output,
                 target=spec,
                 output=bundle,
                 threads=threads,
@@ -183,18 +182,19 @@ def _require_training() -> None:
 
 
 def _method(name: str, strength: float | None, steps: int, seed: int) -> Method:
-    from topiarist.pruning.gsl.methods import GroupLasso, Lasso, Surgery
+    from topiarist.pruning.gsl.methods import GroupLasso, Lasso, Structure, Surgery
 
-    if name not in METHODS:
-        raise ValueError(f"--method takes {', '.join(METHODS)}, got {name!r}")
     if strength is None:
         strength = STRENGTHS.get(name, GROUP_STRENGTH)
     if name == "surgery":
-        return Surgery(strength, ramp=max(1, round(0.8 * steps)), seed=seed)
+        return Surgery(strength, ramp=max(1, round(RAMP * steps)), seed=seed)
     if name == "lasso":
         return Lasso(strength)
-    structure = next(one for one in STRUCTURES if one == name)
-    return GroupLasso(structure, strength)  # type: ignore[arg-type]
+    for structure in get_args(Structure):
+        if name == structure:
+            return GroupLasso(structure, strength)
+    known = ", ".join(("surgery", "lasso", *get_args(Structure)))
+    raise ValueError(f"--method takes {known}, got {name!r}")
 
 
 def _document(

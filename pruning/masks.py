@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from topiarist.pruning.level import BLOCK_ROWS
 from topiarist.pruning.patterns import Mask, block_starts
 from topiarist.pruning.saliency import Scores
 
@@ -46,8 +47,8 @@ def mask_at(scores: Scores, pattern: str, density: float, groups: int = 1) -> Ma
     """That of a pattern whose density can be chosen; ValueError for another pattern."""
     if pattern == "unstructured":
         return unstructured_mask(scores, density)
-    if pattern in ("block4x1", "block8x1"):
-        return block_mask(scores, density, groups, int(pattern[5]))
+    if pattern in BLOCK_ROWS:
+        return block_mask(scores, density, groups, BLOCK_ROWS[pattern])
     if pattern in ("filter", "position"):
         return (filter_mask if pattern == "filter" else position_mask)(scores, density)
     raise ValueError(f"zeros of the pattern {pattern!r} have no density of choice")

@@ -9,10 +9,10 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from topiarist.pruning.level import BLOCK_ROWS
 from topiarist.pruning.patterns import block_starts
 
 Structure = Literal["block4x1", "block8x1", "filter", "position"]
-BLOCKS = {"block4x1": 4, "block8x1": 8}
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def group_norms(weight: Tensor, structure: Structure, groups: int) -> tuple[Tens
     if structure == "position":
         sums = squares.sum(dim=(0, 1), keepdim=True)
         return sums.sqrt(), torch.tensor(float(weight[:, :, 0, 0].numel()))
-    starts = torch.tensor(block_starts(len(weight), groups, BLOCKS[structure]))
+    starts = torch.tensor(block_starts(len(weight), groups, BLOCK_ROWS[structure]))
     block = torch.bucketize(torch.arange(len(weight)), starts, right=True) - 1
     sums = squares.new_zeros(len(starts), *weight.shape[1:]).index_add(0, block, squares)
     sizes = torch.bincount(block).to(weight.dtype)

@@ -31,9 +31,9 @@ from topiarist.targets import registry
 
 MODEL = SHARED / "cifar10_resnet20.onnx"
 MEAN, DEVIATION = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))
-RATES = (0.5, 1.0, 1.5, 2.0)  # of surgery: standard deviations above the mean magnitude
+RATES = (1.0, 1.5, 2.0)  # of surgery: standard deviations above the mean magnitude
 WAYS = ("guided", "unguided")
-STEPS, ROUNDS, TUNE_ROUNDS = 50, 8, 8
+STEPS, ROUNDS, TUNE_ROUNDS = 40, 6, 6
 LEARNING_RATE = 0.006
 STAGES = ("train", "compile", "time")
 DENSE = "dense"
@@ -119,7 +119,7 @@ def _train(way: str, rate: float, work: Path, console: Console) -> None:
     model = onnx.load(MODEL)
     found = train_prune(
         *(model, _images(model, "train5000"), settings),
-        Teaching(batch=64, shift=4, distil=True),
+        Teaching(batch=48, shift=4, distil=True),
         open_source(target, 1, None).pricer if way == "guided" else None,
         target,
         checkpoint=work / f"{output.stem}.checkpoint",
