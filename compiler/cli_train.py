@@ -62,6 +62,9 @@ def train_prune(
             min=0.0, help="More makes more zeros. Default: surgery 1, lasso 1e-3, groups 5e-4."
         ),
     ] = None,
+    least_gain: Annotated[
+        float, typer.Option(help="Share of a layer's time that zeros have to save, 0 to 1.")
+    ] = 0.1,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of pruning, a check after each.")] = 10,
     tune_rounds: Annotated[int, typer.Option(min=0, help="Rounds with frozen zeros after.")] = 10,
     steps: Annotated[int, typer.Option(min=1, help="Steps of a round.")] = 100,
@@ -105,11 +108,13 @@ def train_prune(
     from topiarist.compiler.train_prune import train_prune as train
     from topiarist.pruning.calibration import load_images
     from topiarist.pruning.gsl.training import GslSettings
+    from topiarist.pruning.guidance import Rules
 
     check_output(output)
     spec = registry.get(target)
     settings = GslSettings(
         _method(method, strength, rounds * steps, seed),
+        Rules(least_gain=least_gain),
         rounds=rounds,
         tune_rounds=tune_rounds,
         steps=steps,

@@ -32,11 +32,12 @@ class Bounds:
 class Rules:
     """When zeros count as worth it; times are shares of the layer's dense time.
 
-    A density is settled when it moved by less than `settled` over the last `checks` checks.
+    Both are a tenth because predictions of single layers are not better than that. A density is
+    settled when it moved by less than `settled` over the last `checks` checks.
     """
 
-    least_gain: float = 0.05  # what sparse has to save
-    enough: float = 0.05  # what all zeros to come could save, below which they don't pay
+    least_gain: float = 0.1  # what sparse has to save
+    enough: float = 0.1  # what all zeros to come could save, below which they don't pay
     settled: float = 0.005
     checks: int = 3
 

@@ -20,6 +20,7 @@ from topiarist.pruning.guidance import (
 )
 
 SIZE = 1000
+RULES = Rules(least_gain=0.05, enough=0.05)
 
 
 class FakeTrainer:
@@ -67,7 +68,7 @@ class FakePrices:
 
 def test_a_layer_that_can_not_get_faster_is_never_pruned() -> None:
     trainer = FakeTrainer({"one": 0.01, "stem": 0.01})
-    found = learn(trainer, FakePrices("stem", "one", slow=["stem"]), Rules(), 10)
+    found = learn(trainer, FakePrices("stem", "one", slow=["stem"]), RULES, 10)
     assert found["stem"].state == "excluded"
     assert found["stem"].densities == ()
     assert trainer.told.count("restore stem") == 0
@@ -75,13 +76,13 @@ def test_a_layer_that_can_not_get_faster_is_never_pruned() -> None:
 
 
 def test_a_layer_without_a_sparse_kernel_is_excluded() -> None:
-    found = start({"a": Bounds(100, None), "b": Bounds(100, 96), "c": Bounds(100, 94)}, Rules())
+    found = start({"a": Bounds(100, None), "b": Bounds(100, 96), "c": Bounds(100, 94)}, RULES)
     assert [path.state for path in found.values()] == ["excluded", "excluded", "pruned"]
 
 
 def test_at_the_upper_bound_it_is_frozen_and_training_ends() -> None:
     trainer = FakeTrainer({"one": 0.001})
-    found = learn(trainer, FakePrices("one"), Rules(), 10)
+    found = learn(trainer, FakePrices("one"), RULES, 10)
     # 20 us + 200 us * 1/32 is within 5 us of 22 us; 1/16 is not.
     assert found["one"].state == "frozen"
     assert "would not make it faster" in found["one"].reason
@@ -92,7 +93,7 @@ def test_at_the_upper_bound_it_is_frozen_and_training_ends() -> None:
 
 def test_settled_below_the_lower_bound_it_is_given_up_and_restored() -> None:
     trainer = FakeTrainer({"one": 0.6, "other": 0.001})
-    found = learn(trainer, FakePrices("one", "other"), Rules(), 10)
+    found = learn(trainer, FakePrices("one", "other"), RULES, 10)
     assert found["one"].state == "given up"
     assert "settled" in found["one"].reason
     assert found["one"].densities == (0.6, 0.6, 0.6, 0.6)
@@ -103,7 +104,7 @@ def test_settled_below_the_lower_bound_it_is_given_up_and_restored() -> None:
 
 def test_what_still_moves_is_not_given_up_before_the_end() -> None:
     trainer = FakeTrainer({"one": 0.001}, keeps=0.97)
-    found = learn(trainer, FakePrices("one"), Rules(), 6)
+    found = learn(trainer, FakePrices("one"), RULES, 6)
     assert found["one"].state == "given up"
     assert "when pruning ended" in found["one"].reason
     assert trainer.told == [*(f"round {n}" for n in range(6)), "restore one"]
@@ -112,7 +113,7 @@ def test_what_still_moves_is_not_given_up_before_the_end() -> None:
 
 def test_what_pays_at_the_end_is_frozen() -> None:
     trainer = FakeTrainer({"one": 0.25})
-    found = learn(trainer, FakePrices("one"), Rules(), 4)
+    found = learn(trainer, FakePrices("one"), RULES, 4)
     assert (found["one"].state, found["one"].reason) == ("frozen", "pruning ended")
     assert found["one"].run_us == pytest.approx(70)
 
@@ -120,22 +121,31 @@ def test_what_pays_at_the_end_is_frozen() -> None:
 def test_a_layer_settled_where_it_pays_goes_on() -> None:
     bounds = Bounds(100, 20)
     paths: Paths = {"one": LayerPath("pruned", bounds, "", (0.2, 0.2, 0.2))}
-    found = check(paths, {"one": 0.2}, {"one": 60.0}, Rules())
+    found = check(paths, {"one": 0.2}, {"one": 60.0}, RULES)
     assert found["one"].state == "pruned"
 
 
 def test_the_lower_bound_is_a_gain_that_is_more_than_noise() -> None:
-    paths = start({"one": Bounds(100, 20)}, Rules(checks=1))
-    paths = check(paths, {"one": 0.4}, {"one": 96.0}, Rules(checks=1))
+    paths = start({"one": Bounds(100, 20)}, Rules(0.05, 0.05, checks=1))
+    paths = check(paths, {"one": 0.4}, {"one": 96.0}, Rules(0.05, 0.05, checks=1))
     assert paths["one"].state == "pruned"
-    assert check(paths, {"one": 0.4}, {"one": 96.0}, Rules(checks=1))["one"].state == "given up"
-    assert check(paths, {"one": 0.4}, {"one": 94.0}, Rules(checks=1))["one"].state == "pruned"
-    assert check(paths, {"one": 0.4}, {"one": None}, Rules(checks=1))["one"].state == "given up"
+    assert (
+        check(paths, {"one": 0.4}, {"one": 96.0}, Rules(0.05, 0.05, checks=1))["one"].state
+        == "given up"
+    )
+    assert (
+        check(paths, {"one": 0.4}, {"one": 94.0}, Rules(0.05, 0.05, checks=1))["one"].state
+        == "pruned"
+    )
+    assert (
+        check(paths, {"one": 0.4}, {"one": None}, Rules(0.05, 0.05, checks=1))["one"].state
+        == "given up"
+    )
 
 
 def test_without_guidance_all_layers_are_pruned_to_the_end() -> None:
     trainer = FakeTrainer({"one": 0.6, "two": 0.001})
-    found = learn(trainer, EveryZeroPays(["one", "two"]), Rules(), 12)
+    found = learn(trainer, EveryZeroPays(["one", "two"]), RULES, 12)
     assert {path.state for path in found.values()} == {"frozen"}
     assert {path.reason for path in found.values()} == {"pruning ended"}
     assert trainer.told[-3:] == ["round 11", "freeze one", "freeze two"]
@@ -146,12 +156,12 @@ def test_goes_on_where_it_was_interrupted(done: int) -> None:
     floors = {"one": 0.001, "two": 0.6, "stem": 0.1}
     prices = FakePrices(*floors, slow=["stem"])
     whole = FakeTrainer(floors)
-    wanted = learn(whole, prices, Rules(), 8)
+    wanted = learn(whole, prices, RULES, 8)
     first, saved = FakeTrainer(floors), []
-    learn(first, prices, Rules(), 8, after=lambda rounds, paths: saved.append((rounds, paths)))
+    learn(first, prices, RULES, 8, after=lambda rounds, paths: saved.append((rounds, paths)))
     rounds, paths = saved[done - 1]
     second = FakeTrainer(floors)
-    found = learn(second, prices, Rules(), 8, paths=paths, begin=rounds)
+    found = learn(second, prices, RULES, 8, paths=paths, begin=rounds)
     assert found == wanted
     assert second.told == whole.told[whole.told.index(f"round {done}") :]
 
