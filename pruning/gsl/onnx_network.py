@@ -23,8 +23,6 @@ from topiarist.pruning.layers import (
     weighted_layers,
 )
 
-_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
-
 
 @dataclass(frozen=True)
 class _Stored:
@@ -64,18 +62,9 @@ class OnnxNetwork(nn.Module):
             if node.output[0] in self._constants:
                 continue
             module = self._module(node, weighted.get(node.output[0]), parameters)
-            if module is None:
-                function = FUNCTIONS.get(node.op_type if node.domain in ("", "ai.onnx") else "")
-                if function is None:
-                    raise TrainingError(
-                        f"{_named(node)} can't be trained through: topiarist's training knows "
-                        f"{', '.join(sorted([*FUNCTIONS, *_TRAINED]))}. Train the network where it "
-                        "was made (topiarist.pruning.gsl), or cut it before this node."
-                    )
-                self._steps.append((node, function))
-            else:
+            if module is not None:
                 self.add_module(f"node_{index}", module)
-                self._steps.append((node, module))
+            self._steps.append((node, _function(node) if module is None else module))
         for name, array in self._constants.items():
             if name not in parameters and np.issubdtype(array.dtype, np.floating):
                 self._constants[name] = array.astype(np.float32)
@@ -84,13 +73,11 @@ class OnnxNetwork(nn.Module):
         """[N, ...] -> the first output."""
         values: dict[str, Any] = {self._input: x}
         for node, function in self._steps:
-            inputs = [self._value(values, name) for name in node.input]
             if isinstance(function, nn.Module):
-                values[node.output[0]] = function(inputs[0])
+                found = function(self._value(values, node.input[0]))
             else:
-                found = function(Call(node, inputs))
-                results = found if len(node.output) > 1 and isinstance(found, tuple) else (found,)
-                values.update(zip(node.output, results, strict=False))
+                found = function(Call(node, [self._value(values, name) for name in node.input]))
+            values[node.output[0]] = found
         return values[self._output]
 
     def to_onnx(self) -> onnx.ModelProto:
@@ -187,6 +174,17 @@ class OnnxNetwork(nn.Module):
 
 
 _TRAINED = ("BatchNormalization", "Conv", "Gemm", "MatMul")
+
+
+def _function(node: Any) -> Callable[[Call], Any]:
+    """What computes a node without weights."""
+    if node.domain in ("", "ai.onnx") and node.op_type in FUNCTIONS:
+        return FUNCTIONS[node.op_type]
+    raise TrainingError(
+        f"{_named(node)} can't be trained through: topiarist's training knows "
+        f"{', '.join(sorted([*FUNCTIONS, *_TRAINED]))}. Train the network where it was made "
+        "(topiarist.pruning.gsl), or cut it before this node."
+    )
 
 
 class _PaddedConv2d(nn.Conv2d):
