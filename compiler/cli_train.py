@@ -102,16 +102,21 @@ def train_prune(
     Needs PyTorch: the extra `train`. If it is interrupted, the same command goes on.
     """
     _require_training()
+    from topiarist.compiler.bundle import check_writable
     from topiarist.compiler.frontend import load_onnx
     from topiarist.compiler.model_files import open_source
+    from topiarist.compiler.pipeline import compile_model, require_cpu
     from topiarist.compiler.train_prune import Teaching
     from topiarist.compiler.train_prune import train_prune as train
     from topiarist.pruning.calibration import load_images
     from topiarist.pruning.gsl.training import GslSettings
     from topiarist.pruning.guidance import Rules
 
-    check_output(output)
     spec = registry.get(target)
+    require_cpu(spec, "train-prune")
+    check_output(output)
+    if bundle is not None:
+        check_writable(bundle)
     settings = GslSettings(
         _method(method, strength, rounds * steps, seed),
         Rules(least_gain=least_gain),
@@ -155,8 +160,6 @@ def train_prune(
         saved.unlink(missing_ok=True)
         run_us = None
         if bundle is not None:
-            from topiarist.compiler.pipeline import compile_model
-
             compiled = compile_model(
                 output,
                 target=spec,
