@@ -17,6 +17,7 @@ from topiarist.compiler import (
     cli_report,
     cli_runtime,
     cli_targets,
+    cli_train,
     cli_tune,
 )
 from topiarist.compiler.cli_output import (
@@ -42,6 +43,7 @@ app.add_typer(cli_latency.app, name="model")
 app.add_typer(cli_board.app, name="board")
 app.command("inspect")(cli_models.inspect)
 app.command("prune")(cli_prune.prune)
+app.command("train-prune")(cli_train.train_prune)
 app.command("tune")(cli_tune.tune)
 app.command("compile")(cli_models.compile_)
 app.command("verify")(cli_bundles.verify)

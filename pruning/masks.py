@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from topiarist.pruning.level import BLOCK_ROWS
 from topiarist.pruning.patterns import Mask, block_starts
 from topiarist.pruning.saliency import Scores
 
@@ -28,6 +29,33 @@ def block_mask(scores: Scores, density: float, groups: int = 1, block: int = 4) 
     energy = np.add.reduceat(scores**2, starts, axis=0)
     kept = largest(energy / sizes[:, None, None, None], density)
     return np.repeat(kept, sizes, axis=0)
+
+
+def filter_mask(scores: Scores, density: float) -> Mask:
+    """Whole filters."""
+    return _spread(
+        largest(np.sqrt((scores**2).sum(axis=(1, 2, 3), keepdims=True)), density), scores
+    )
+
+
+def position_mask(scores: Scores, density: float) -> Mask:
+    """Positions of the kernel, in all channels."""
+    return _spread(largest(np.sqrt((scores**2).sum(axis=(0, 1), keepdims=True)), density), scores)
+
+
+def mask_at(scores: Scores, pattern: str, density: float, groups: int = 1) -> Mask:
+    """That of a pattern whose density can be chosen; ValueError for another pattern."""
+    if pattern == "unstructured":
+        return unstructured_mask(scores, density)
+    if pattern in BLOCK_ROWS:
+        return block_mask(scores, density, groups, BLOCK_ROWS[pattern])
+    if pattern in ("filter", "position"):
+        return (filter_mask if pattern == "filter" else position_mask)(scores, density)
+    raise ValueError(f"zeros of the pattern {pattern!r} have no density of choice")
+
+
+def _spread(kept: Mask, scores: Scores) -> Mask:
+    return np.broadcast_to(kept, scores.shape).copy()
 
 
 def n_m_mask(scores: Scores, n: int, m: int) -> Mask:

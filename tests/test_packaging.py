@@ -15,7 +15,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TRAINING = ("topiarist.pruning.dppnet",)  # needs the extra `train`
+TRAINING = (  # needs the extra `train`
+    "topiarist.compiler.train_prune",
+    "topiarist.pruning.dppnet",
+    "topiarist.pruning.gsl",
+    "topiarist.pruning.training",
+)
+COMMAND = "topiarist.compiler.cli_train"  # imports training when it runs
 LAYERS = ("targets", "schedules", "tuning_logs", "pruning", "compiler")  # imports point left
 EXAMPLE = "examples/deploy_cpp"
 FOLDERS = {
@@ -72,9 +78,14 @@ def test_imports_point_down(path, name):
 
 @pytest.mark.parametrize(("path", "name"), [pytest.param(*m, id=m[1]) for m in _modules()])
 def test_only_training_needs_torch(path, name):
-    if not name.startswith(TRAINING):
+    if not name.startswith((*TRAINING, COMMAND)):
         for imported in _imports(path):
             assert imported.split(".")[0] != "torch" and not imported.startswith(TRAINING)
+
+
+def test_the_command_line_opens_without_torch():
+    code = "import sys; sys.modules['torch'] = None; import topiarist.compiler.cli"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def _run(*command, cwd, **environment):

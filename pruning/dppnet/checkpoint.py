@@ -1,11 +1,7 @@
-"""A training on disk: weights, masks, the optimizer's state, and how far it has come.
-
-The file is torch's, read with `weights_only`: tensors and plain values, nothing that is executed.
-"""
+"""A training through stages on disk: weights, masks, the optimizer's state, how far it has come."""
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from topiarist.errors import TrainingError
 from topiarist.pruning.dppnet.stages import TrainSettings
+from topiarist.pruning.training.checkpoint import fitting, read_state, write_state
 
 
 @dataclass(frozen=True)
@@ -35,35 +31,23 @@ def save_checkpoint(
     epochs: int,
 ) -> None:
     """Write the state after `epochs` epochs of a stage; an older file stays until it is whole."""
-    unfinished = path.with_name(f"{path.name}.part")
     state = {
-        "settings": asdict(settings),
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "stage": stage,
         "epochs": epochs,
     }
-    torch.save(state, unfinished)
-    unfinished.replace(path)
+    write_state(path, asdict(settings), state)
 
 
 def load_checkpoint(path: Path, model: nn.Module, settings: TrainSettings) -> Position:
     """Bring the network to the state in the file; without a file, the start of training."""
-    if not path.parent.is_dir():
-        raise TrainingError(f"There is no folder {path.parent} for the checkpoint: make it first.")
-    if not path.exists():
+    state = read_state(path, asdict(settings))
+    if state is None:
         return Position()
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved, stage, epochs = state["settings"], state["stage"], state["epochs"]
-        if saved != asdict(settings):
-            raise TrainingError(f"Checkpoint {path} has other settings. {_REMEDY}")
+    with fitting(path):
+        stage, epochs, optimizer = state["stage"], state["epochs"], state["optimizer"]
         model.load_state_dict(state["model"])
-    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise TrainingError(f"Checkpoint {path} doesn't fit: {error}. {_REMEDY}") from None
     if epochs == settings.stages[stage].epochs:
         return Position(stage + 1)
-    return Position(stage, epochs, state["optimizer"])
-
-
-_REMEDY = "Go on with the network and settings that it is of, or name another file."
+    return Position(stage, epochs, optimizer)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from topiarist.pruning.dppnet.convert import replace_modules
 from topiarist.pruning.dppnet.layer import DPPConv2d, dpp_layers
-
-_OPSET = 17
+from topiarist.pruning.training.onnx_export import write_onnx
 
 
 class SharedExperts(nn.Module):
@@ -59,16 +56,4 @@ def export_onnx(model: nn.Module, image: Tensor, path: Path) -> None:
 
     Input and output are called "input" and "output".
     """
-    with warnings.catch_warnings():
-        # The exporter that is new needs a package more, for graphs that are no simpler.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.onnx.export(
-            with_shared_experts(model),
-            (image,),
-            path,
-            opset_version=_OPSET,
-            input_names=["input"],
-            output_names=["output"],
-            dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}},
-            dynamo=False,
-        )
+    write_onnx(with_shared_experts(model), image, path)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from topiarist.pruning.masks import block_mask, largest, n_m_mask, unstructured_mask
+from topiarist.pruning.masks import block_mask, largest, mask_at, n_m_mask, unstructured_mask
 
 
 def _scores(*shape):
@@ -74,3 +74,22 @@ def test_the_largest_of_any_shape():
     kept = largest(scores, 0.3)
     assert sorted(np.argsort(scores)[-12:]) == np.flatnonzero(kept).tolist()
     assert largest(scores, 0.001).sum() == 1
+
+
+@pytest.mark.parametrize(("pattern", "axes"), [("filter", (1, 2, 3)), ("position", (0, 1))])
+def test_whole_filters_and_positions_follow_the_norm(pattern, axes):
+    scores = _scores(8, 6, 3, 3)
+    mask = mask_at(scores, pattern, 0.4)
+    whole = mask.any(axis=axes)
+    assert (whole == mask.all(axis=axes)).all()
+    assert whole.sum() == round(0.4 * whole.size)
+    norms = np.sqrt((scores**2).sum(axis=axes))
+    assert norms[whole].min() > norms[~whole].max()
+
+
+def test_masks_by_name():
+    scores = _scores(8, 6, 3, 3)
+    assert (mask_at(scores, "unstructured", 0.3) == unstructured_mask(scores, 0.3)).all()
+    assert (mask_at(scores, "block4x1", 0.3, 2) == block_mask(scores, 0.3, 2, 4)).all()
+    with pytest.raises(ValueError, match="2:4"):
+        mask_at(scores, "2:4", 0.3)

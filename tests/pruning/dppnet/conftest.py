@@ -1,18 +1,3 @@
-"""Every test begins with the same random numbers and runs on one thread."""
+"""What is fixed for every test here."""
 
-import pytest
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    try:
-        import torch
-    except ModuleNotFoundError:
-        yield  # the tests that need it are skipped
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-    torch.set_num_threads(threads)
+from tests.pruning.one_thread import seeded  # noqa: F401
