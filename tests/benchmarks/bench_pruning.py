@@ -133,9 +133,9 @@ def _by_price(name: str, goals: list[float], source: Source, folder: Path) -> It
     )
     sizes = {layer.name: layer.weight.size for layer in weighted_layers(model)}
     for goal in goals:
-        for way in ("guided", "even"):
+        for way, one in (("guided", network), ("even", network.evenly())):
             try:
-                proposal = network.propose(network.dense_us / goal, even=way == "even")
+                proposal = one.propose(network.dense_us / goal)
             except TopiaristError:
                 continue
             levels = proposal.allocation.levels
