@@ -92,6 +92,13 @@ def test_the_one_that_only_prices_favour_loses() -> None:
     assert held.rounds[-1].error == pytest.approx(1.2 * (1 - 1 / 1.4))
 
 
+def test_of_equals_the_one_that_was_timed_wins() -> None:
+    """ "slow" would lose a little less once it was timed again, but "good" has done with that."""
+    held, clock = hold([Way("slow", 1.1, 0.9), Way("good", 1.0, 1.0)])
+    assert held.winner().network.way == "good"
+    assert clock.timed_ways == ["slow", "good"]
+
+
 def test_what_is_hopeless_is_not_compiled() -> None:
     held, clock = hold([Way("good", 1.0, 0.1), Way("bad", 1.0, 0.5)])
     assert held.winner().network.way == "good"
