@@ -369,7 +369,8 @@ def _prune_to_goals(
         path = output / f"{model.stem}-{goal.speedup:g}x.onnx" if family else output
         write_file(path, found.model.SerializeToString())
         accuracy = accuracies.of(found.model)
-        points.append(SweepPoint(found.speedup[0], found.run_us, accuracy.share, str(goal)))
+        asked = goal.speedup or found.speedup[0]
+        points.append(SweepPoint(asked, found.run_us, accuracy.share, str(goal)))
         documents.append(_document(found, accuracy, path))
         if not as_json:
             _print_guided(found, accuracy, path)
