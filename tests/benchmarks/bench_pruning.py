@@ -35,6 +35,7 @@ from topiarist.targets import registry
 GOALS = (1.5, 2.0, 3.0)
 CALIBRATION = 1024
 BASELINE_S = 12.0
+WIDTH = 110
 CROPS = 16  # of each photograph, half of them to calibrate with
 IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FILES = {
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "benchmarks" / "pruning")
     parser.add_argument("--json", type=Path, help="write the results here")
     opts = parser.parse_args()
-    console = Console()
+    console = Console(width=WIDTH)
     source = _source(opts.model)
     rows: list[Row] = []
     for name in opts.only:
@@ -83,11 +84,12 @@ def main() -> None:
             console.print(f"{name}: needs {FILES[name]}")
             continue
         make = _compiled if name in FILES else _by_price
-        rows += make(name, opts.goals, source, opts.work / name)
+        for row in make(name, opts.goals, source, opts.work / name):
+            rows.append(row)
+            if opts.json:  # each row takes minutes
+                document = {**setting(), "source": source.name, "rows": [asdict(r) for r in rows]}
+                opts.json.write_text(json.dumps(document, indent=1))
     console.print(_table(rows))
-    if opts.json:
-        document = {**setting(), "source": source.name, "rows": [asdict(row) for row in rows]}
-        opts.json.write_text(json.dumps(document, indent=1))
 
 
 def _source(model: Path | None) -> Source:
