@@ -65,14 +65,17 @@ def _inspect_model(model: Path, target: str, as_json: bool) -> None:
     from topiarist.compiler.analysis import analyse
     from topiarist.compiler.estimate import estimate_layers
     from topiarist.compiler.frontend import load_onnx
+    from topiarist.compiler.predictor import find_predictor
 
     spec = registry.get(target)
     loaded = load_onnx(model)
     layers = analyse(loaded)
+    predictor = find_predictor(spec, 1)
+    source = "counting instructions" if predictor is None else predictor.name
     estimates: dict[str, LayerEstimate] = {}
     problem = None
     try:
-        estimates = estimate_layers(loaded, spec)
+        estimates = estimate_layers(loaded, spec, predictor)
     except ModelError as error:
         problem = str(error)
     total = _total(layers) | _total_estimate(estimates)
@@ -80,8 +83,8 @@ def _inspect_model(model: Path, target: str, as_json: bool) -> None:
         reports = [
             layer.to_json() | {"estimate": _json(estimates.get(layer.layer))} for layer in layers
         ]
-        document = {"model": str(model), "target": spec.name, "layers": reports, "total": total}
-        print_json(document | {"problem": problem})
+        asked = {"model": str(model), "target": spec.name, "source": source}
+        print_json(asked | {"layers": reports, "total": total, "problem": problem})
         return
     print_table(
         ["layer", "kind", "weight", "output", "density", "pattern", "dead filters", "MFLOP",
@@ -92,7 +95,7 @@ def _inspect_model(model: Path, target: str, as_json: bool) -> None:
     if estimates:
         dense, best = total["estimated_dense_us"], total["estimated_best_us"]
         say(
-            f"* an estimate for {spec.name}, one core, nothing was timed: "
+            f"* an estimate for {spec.name}, one core, by {source}; nothing was timed: "
             f"{dense / 1e3:.2f} ms dense, {best / 1e3:.2f} ms at best"
         )
         print_explanations({name: e.explanation for name, e in estimates.items()})

@@ -369,7 +369,8 @@ def _prune_to_goals(
         path = output / f"{model.stem}-{goal.speedup:g}x.onnx" if family else output
         write_file(path, found.model.SerializeToString())
         accuracy = accuracies.of(found.model)
-        points.append(SweepPoint(found.speedup[0], found.run_us, accuracy.share, str(goal)))
+        asked = goal.speedup or found.speedup[0]
+        points.append(SweepPoint(asked, found.run_us, accuracy.share, str(goal)))
         documents.append(_document(found, accuracy, path))
         if not as_json:
             _print_guided(found, accuracy, path)
@@ -401,6 +402,7 @@ def _document(found: Guided, accuracy: Accuracy, path: Path) -> dict[str, Any]:
         "reached": found.reached,
         "run_us": found.run_us,
         "speedup": {"median": median, "low": low, "high": high},
+        "way": found.way,
         "cut": found.cut,
         "density": found.density,
         "accuracy": asdict(accuracy),
@@ -420,10 +422,9 @@ def _print_guided(found: Guided, accuracy: Accuracy, path: Path) -> None:
     )  # fmt: skip
     median, low, high = found.speedup
     asked = "" if found.reached else f" (asked: {found.goal})"
-    cut = f", channels cut for {found.cut:.0%} of the time" if found.cut else ""
     say(
         f"{found.run_us / 1e3:.3f} ms, {median:.2f}x ({low:.2f}-{high:.2f}) the dense build's "
-        f"speed{asked}{cut}, {found.density:.1%} of the weights, {len(found.rounds)} rounds; "
-        f"{_accuracy_text(accuracy)}"
+        f"speed{asked}, {found.way}, {found.density:.1%} of the weights, {len(found.rounds)} "
+        f"rounds; {_accuracy_text(accuracy)}"
     )
     say(f"wrote {path}")

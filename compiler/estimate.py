@@ -1,4 +1,4 @@
-"""What each layer would take, by counting instructions: for a look at a model, nothing is timed."""
+"""What each layer would take, by a model or by counting: for a look at a network, untimed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from topiarist.compiler.frontend import import_model
 from topiarist.compiler.graph import Conv, Linear
 from topiarist.compiler.layer_choices import layer_facts
 from topiarist.compiler.parts import Parts
+from topiarist.compiler.predictor import Predictor
 from topiarist.compiler.simplify import simplify
 from topiarist.targets.spec import TargetSpec
 
@@ -39,13 +40,19 @@ class LayerEstimate:
         return {**asdict(self), **lists}
 
 
-def estimate_layers(model: onnx.ModelProto, target: TargetSpec) -> dict[str, LayerEstimate]:
-    """An estimate for each layer that topiarist's kernels run. Raises ModelError."""
+def estimate_layers(
+    model: onnx.ModelProto, target: TargetSpec, predictor: Predictor | None = None
+) -> dict[str, LayerEstimate]:
+    """An estimate for each layer that topiarist's kernels run, without a model by counting.
+
+    Raises ModelError.
+    """
     graph = simplify(extract_layers(import_model(model)))
     chooser = Chooser(
         graph,
         Parts(target, 1),
         dense=False,
+        predictor=predictor,
         mode="estimate",
         progress=lambda stage, done, total: None,
     )

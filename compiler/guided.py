@@ -12,25 +12,20 @@ that zeros would not make faster stays dense (Park et al., ICLR 2017, section 2.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import onnx
 
-from topiarist.compiler import engines
-from topiarist.compiler.bench import ratio_interval, time_in_turns
-from topiarist.compiler.bundle import read_manifest
-from topiarist.compiler.choose import Advice
+from topiarist.compiler.contest import TOLERANCE, Attempt, Contest, Round
 from topiarist.compiler.frontend import load_onnx
-from topiarist.compiler.input_data import random_inputs
+from topiarist.compiler.manifest import Manifest
 from topiarist.compiler.model_files import Source
 from topiarist.compiler.output_file import write_file
-from topiarist.compiler.parts import Parts
-from topiarist.compiler.pipeline import compile_model
-from topiarist.compiler.prunable import Proposal, Prunable, narrowed
+from topiarist.compiler.prunable import Proposal, Prunable
+from topiarist.compiler.timed_builds import TimedBuilds
 from topiarist.errors import BudgetError
 from topiarist.pruning.calibration import Images
 from topiarist.pruning.channel_cuts import ChannelCuts
@@ -42,9 +37,7 @@ from topiarist.pruning.output_error import OutputError
 from topiarist.pruning.stitch import stitch
 from topiarist.targets.spec import TargetSpec
 
-TOLERANCE = 0.03  # of the latency asked for
-ROUNDS = 6  # of compiling and timing, at most
-BENCH_S = 4.0
+BUILDS = 3  # of reconstructed networks, at most: their times may differ from those of a round
 CONTEST_IMAGES = 256
 CUTS = (0.2, 0.35, 0.5)  # shares of the time that channels are cut out for, before zeros
 
@@ -104,20 +97,12 @@ class GuidedLayer:
 
 
 @dataclass(frozen=True)
-class Round:
-    """A choice that was compiled and timed."""
-
-    expected_us: float
-    measured_us: float
-
-
-@dataclass(frozen=True)
 class Guided:
     """A pruned network, and how it was arrived at.
 
     `speedup` is the median of ratios to the dense build, timed in turns, with its 95 % interval.
-    `cut` is the share of time that was cut out with channels, `density` the share of nonzeros
-    that is left in all layers that could be pruned.
+    `way` says what was done, `cut` the share of time that was cut out with channels, `density` the
+    share of nonzeros that is left in all layers that could be pruned.
     """
 
     goal: Goal
@@ -125,15 +110,21 @@ class Guided:
     dense_us: float
     run_us: float
     speedup: tuple[float, float, float]
+    way: str
     cut: float
     density: float
     layers: tuple[GuidedLayer, ...]
     rounds: tuple[Round, ...]
 
     @property
+    def distance(self) -> float:
+        """Of the measured latency from what was asked for, as a share of it."""
+        return abs(self.run_us / self.goal.us(self.dense_us) - 1)
+
+    @property
     def reached(self) -> bool:
         """Whether the measured latency is within the tolerance of what was asked for."""
-        return abs(self.run_us / self.goal.us(self.dense_us) - 1) <= TOLERANCE
+        return self.distance <= TOLERANCE
 
     @property
     def levels(self) -> dict[str, Level]:
@@ -171,23 +162,23 @@ class GuidedPruner:
         self.folder = folder
         self.threads = threads
         self.batch = batch
-        self.even = even
         self.progress = progress
-        self._parts = Parts(target, threads)
         self.outputs = OutputError(self.onnx, images, CONTEST_IMAGES)
         whole = self._prunable(model, self.onnx, database, 0.0)
-        self.networks = [whole]
-        if channels and not even:
-            self.networks += self._cut_networks(whole)
-        self.dense_bundle = self._compile(model, "dense.topi", dense=True)
-        self.dense_us = self._time_alone(self.dense_bundle)
-        manifest = read_manifest(self.dense_bundle)
-        layers_us = sum(layer.run_us or 0.0 for layer in manifest.layers)
-        others_us = sum(other.run_us for other in manifest.others)
-        rest_us = self.dense_us * others_us / (layers_us + others_us)
-        for network in self.networks:
+        networks = [whole, *self._cut_networks(whole)] if channels and not even else [whole]
+        self.builds = TimedBuilds(
+            *(model, folder, target), threads=threads, batch=batch, progress=progress
+        )
+        rest_us = self.dense_us * self.builds.dense_share_of_others
+        for network in networks:
             network.rest_us = rest_us
             network.scale = (self.dense_us - rest_us) / whole.dense_us
+        self.networks = [whole.evenly()] if even else [*networks, whole.evenly()]
+
+    @property
+    def dense_us(self) -> float:
+        """What the dense build takes."""
+        return self.builds.dense_us
 
     @property
     def reach(self) -> Reach:
@@ -206,63 +197,30 @@ class GuidedPruner:
                 f"{goal} is out of reach: {reach.least_us / 1e3:.3f} ms, "
                 f"{reach.speedup:.2f}x, is the least that pruning is expected to reach"
             )
-        network, even = self._contest(max(wanted_us, reach.least_us))
-        rounds: list[Round] = []
-        nearest = np.inf
+        reaching = [n for n in self.networks if n.least_us * (1 - TOLERANCE) <= wanted_us]
+        error_of = self._error if len(reaching) > 1 else (lambda network, proposal: 0.0)
+        contest = Contest(reaching, wanted_us, self.builds, error_of)
+        found: list[Guided] = []
         while True:
-            proposal = network.propose(max(wanted_us, network.least_us), even=even)
-            advice = network.advice(proposal)
-            model = network.with_zeros(proposal.allocation.levels)
-            bundle = self._compile_candidate(model, "candidate", advice)
-            run_us = self.dense_us / self._ratio(bundle)[0]
-            rounds.append(Round(proposal.expected_us, run_us))
-            distance = abs(run_us / wanted_us - 1)
-            if distance <= max(nearest, TOLERANCE):
-                nearest = distance
-                chosen = proposal, narrowed(advice, read_manifest(bundle))
-            if distance <= TOLERANCE or len(rounds) == ROUNDS:
-                found = self._finish(goal, network, *chosen, rounds)
-                if found.reached or len(rounds) == ROUNDS:
-                    return found
-                bundle, run_us = self.folder / "pruned.topi", found.run_us
-            network.correct(proposal, read_manifest(bundle), run_us)
+            attempt = contest.winner()
+            pruned, manifest = self._finish(goal, attempt, contest.rounds)
+            found.append(pruned)
+            if pruned.reached or len(found) == BUILDS:
+                return min(found, key=lambda one: one.distance)
+            contest.correct(attempt, manifest, pruned.run_us)
 
-    def _contest(self, wanted_us: float) -> tuple[Prunable, bool]:
-        """The network, and whether with even levels, whose outputs are nearest to the dense ones.
-
-        All are expected to take as long; they are stitched from a few images, without a refit.
-        """
-        ways = [(self.networks[0], True)]
-        if not self.even:
-            ways = [*((network, False) for network in self.networks), *ways]
-        entrants = []
-        for network, even in ways:
-            try:
-                entrants.append((network, even, network.propose(wanted_us, even=even)))
-            except BudgetError:
-                continue
-        if len(entrants) == 1:
-            return entrants[0][:2]
-        few = self.images.first(CONTEST_IMAGES)
-        errors = []
-        for done, (network, _, proposal) in enumerate(entrants):
-            self.progress("try on images", done, len(entrants))
-            levels = proposal.allocation.levels
-            stitched = stitch(network.model, network.database, levels, few, refit=False)
-            errors.append(self.outputs.of(stitched))
-        self.progress("try on images", len(entrants), len(entrants))
-        return entrants[int(np.argmin(errors))][:2]
+    def _error(self, network: Prunable, proposal: Proposal) -> float:
+        """Of the outputs with these levels, stitched from a few images, without a refit."""
+        self.progress("try on images", 0, 1)
+        few, levels = self.images.first(CONTEST_IMAGES), proposal.allocation.levels
+        stitched = stitch(network.model, network.database, levels, few, refit=False)
+        return self.outputs.of(stitched)
 
     def _finish(
-        self,
-        goal: Goal,
-        network: Prunable,
-        proposal: Proposal,
-        advice: Advice,
-        rounds: Sequence[Round],
-    ) -> Guided:
-        """Reconstruct the last choice, compile it with the kernels that won, time it once more."""
-        levels = proposal.allocation.levels
+        self, goal: Goal, attempt: Attempt, rounds: Sequence[Round]
+    ) -> tuple[Guided, Manifest]:
+        """Reconstruct the choice, compile it with the kernels that won, time it once more."""
+        network, levels = attempt.network, attempt.proposal.allocation.levels
         self.progress("reconstruct", 0, 100)
         pruned = stitch(
             network.model,
@@ -271,19 +229,20 @@ class GuidedPruner:
             self.images,
             progress=lambda share: self.progress("reconstruct", round(100 * share), 100),
         )
-        bundle = self._compile_candidate(pruned, "pruned", advice)
-        ratio = self._ratio(bundle)
-        return Guided(
+        manifest, ratio = self.builds.timed(pruned, "pruned", attempt.advice)
+        found = Guided(
             goal=goal,
             model=pruned,
             dense_us=self.dense_us,
-            run_us=self.dense_us / ratio[0],
-            speedup=ratio,
+            run_us=self.dense_us / ratio.median,
+            speedup=(ratio.median, ratio.low, ratio.high),
+            way=network.way,
             cut=network.cut,
             density=_nonzeros(pruned, levels) / _size(self.onnx, levels),
-            layers=tuple(_layers(network, proposal)),
+            layers=tuple(_layers(network, attempt.proposal)),
             rounds=tuple(rounds),
         )
+        return found, manifest
 
     def _cut_networks(self, whole: Prunable) -> Iterator[Prunable]:
         """Copies without some channels, calibrated as the whole network is."""
@@ -338,41 +297,6 @@ class GuidedPruner:
             cut=cut,
         )
 
-    def _compile_candidate(self, model: onnx.ModelProto, name: str, advice: Advice) -> Path:
-        path = self.folder / f"{name}.onnx"
-        write_file(path, model.SerializeToString())
-        return self._compile(path, f"{name}.topi", advice=advice)
-
-    def _compile(
-        self, model: Path, name: str, *, dense: bool = False, advice: Advice | None = None
-    ) -> Path:
-        output = self.folder / name
-        compile_model(
-            model,
-            target=self.target,
-            output=output,
-            threads=self.threads,
-            batch=self.batch,
-            dense=dense,
-            log=self.folder / "timings.jsonl",
-            parts=self._parts,
-            advice=advice,
-            progress=self.progress,
-        )
-        return output
-
-    def _time_alone(self, bundle: Path) -> float:
-        self.progress("time", 0, 1)
-        (samples,) = _in_turns([bundle], self.threads)
-        return float(np.median(samples)) * 1e6
-
-    def _ratio(self, bundle: Path) -> tuple[float, float, float]:
-        """The dense build's time over the bundle's, timed in turns: median and 95 % interval."""
-        self.progress("time", 0, 1)
-        dense, ours = _in_turns([self.dense_bundle, bundle], self.threads)
-        ratio = ratio_interval(dense, ours)
-        return ratio.median, ratio.low, ratio.high
-
 
 def _layers(network: Prunable, proposal: Proposal) -> Iterator[GuidedLayer]:
     for layer in network.options(proposal.plan):
@@ -399,16 +323,3 @@ def _nonzeros(model: onnx.ModelProto, layers: Collection[str]) -> int:
 
 def _size(model: onnx.ModelProto, layers: Collection[str]) -> int:
     return sum(v.weight.size for v in weighted_layers(model) if v.name in layers) or 1
-
-
-def _in_turns(bundles: Sequence[Path], threads: int) -> list[list[float]]:
-    """Seconds of single runs of each bundle, in turns."""
-    feeds = random_inputs(read_manifest(bundles[0]).inputs)
-    contestants = [
-        replace(engines.open_bundle(bundle, feeds, threads), name=str(i))
-        for i, bundle in enumerate(bundles)
-    ]
-    samples = time_in_turns(
-        contestants, seconds=BENCH_S, rounds=None, clock=time.perf_counter, sleep=time.sleep
-    )
-    return [samples[one.name] for one in contestants]

@@ -50,13 +50,34 @@ def holds_today(covers: Covers) -> bool:
     return same_code and covers.tvm == versions()["apache-tvm"]
 
 
+@dataclass(frozen=True)
+class Found:
+    """A model for a target, and its name for people."""
+
+    model: LatencyModel
+    name: str
+
+
+def find_model(target: TargetKey) -> Found | None:
+    """The user's model of the target, else the package's; None where neither holds today.
+
+    Raises CostModelError for a broken file of the user's.
+    """
+    file = default_model(target)
+    if file.exists():
+        model = LatencyModel.load(file)
+        if model.covers.target == target and holds_today(model.covers):
+            return Found(model, _file_name(model, file))
+    shipped = shipped_model(target)
+    if shipped is None:
+        return None
+    return Found(shipped.standing_for(target), _shipped_name(shipped, target))
+
+
 def open_model(path: Path | None, target: TargetKey) -> LatencyModel:
-    """A model file; without one named the user's, or the package's. Raises CostModelError."""
-    if path is None and not default_model(target).exists():
-        found = shipped_model(target)
-        if found is not None:
-            return found.standing_for(target)
-    return LatencyModel.load(default_model(target) if path is None else path)
+    """A model file; without one named the user's or the package's. Raises CostModelError."""
+    found = find_model(target) if path is None else None
+    return LatencyModel.load(path or default_model(target)) if found is None else found.model
 
 
 @dataclass(frozen=True)
@@ -77,16 +98,13 @@ def open_source(
     Raises CostModelError if a named model covers another target, or none of these will do.
     """
     key = (device or Device.here(target, threads)).key
-    file = default_model(key) if path is None else path
-    if path is not None or file.exists():
-        model = LatencyModel.load(file)
-        if model.covers.target == key:
-            return Source(Learned(model), f"the latency model {file} ({_records(model)} records)")
-        if path is not None:
-            model.covers.check_target(key)
-    shipped = shipped_model(key)
-    if shipped is not None:
-        return Source(Learned(shipped.standing_for(key)), _shipped_name(shipped, key))
+    if path is not None:
+        model = LatencyModel.load(path)
+        model.covers.check_target(key)
+        return Source(Learned(model), _file_name(model, path))
+    found = find_model(key)
+    if found is not None:
+        return Source(Learned(found.model), found.name)
     if runs_here(target) is None:
         target = with_roofline(target)
     if target.peak_gflops is None or target.bandwidth_gbs is None:
@@ -97,6 +115,10 @@ def open_source(
         )
     roofline = Roofline.of_peak(target.peak_gflops, target.bandwidth_gbs)
     return Source(Analytic(roofline), "the analytic formula, for want of a latency model")
+
+
+def _file_name(model: LatencyModel, file: Path) -> str:
+    return f"the latency model {file} ({_records(model)} records)"
 
 
 def _records(model: LatencyModel) -> object:

@@ -19,7 +19,7 @@ from topiarist.compiler.layer_choices import layer_choices, other_work
 from topiarist.compiler.lower import lower
 from topiarist.compiler.memory import MemoryPlan, plan_memory
 from topiarist.compiler.parts import Parts
-from topiarist.compiler.predictor import users_predictor
+from topiarist.compiler.predictor import find_predictor
 from topiarist.compiler.program import Program
 from topiarist.compiler.recorded import Device, Recorded
 from topiarist.compiler.roofline import with_roofline
@@ -60,8 +60,9 @@ def compile_model(
     """Compile an ONNX file for a target, and write the bundle where `output` says.
 
     `measure` times kernels on this machine, by default if it runs the target's code; otherwise the
-    logs decide where they know all layers, and what they lack is predicted by the user's latency
-    model of the target, or else estimated. `link` is about linking for another machine.
+    logs decide where they know all layers, and what they lack is predicted by the target's latency
+    model, the user's or the package's, or else estimated. `link` is about linking for another
+    machine.
 
     `batch` overrides the model's batch size; `dense` leaves the sparse kernels out, which is what
     a sparse build is compared with. `max_error` bounds the error, relative to the largest output,
@@ -103,7 +104,7 @@ def compile_model(
         graph,
         parts,
         dense=dense,
-        predictor=users_predictor(spec, threads) if mode == "estimate" else None,
+        predictor=find_predictor(spec, threads) if mode == "estimate" else None,
         mode=mode,
         recorded=recorded,
         max_error=max_error,

@@ -5,8 +5,9 @@ Prices come from a latency model. What the compiled network really took corrects
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from topiarist.pruning.allocation import (
     LayerOptions,
     Option,
     allocate,
+    reachable_evenly_us,
     reachable_us,
     uniform,
 )
@@ -73,6 +75,7 @@ class Prunable:
     """One network; `cut` is the share of time that was cut out of it with channels before.
 
     `scale` is what times are to prices where nothing is known, `rest_us` all work without weights.
+    With `even` all layers are to have the same level.
     """
 
     def __init__(
@@ -99,8 +102,22 @@ class Prunable:
         limit_us = prices[0].total_us * HOPELESS_LAYOUTS
         hopeful = [one for one in prices if one.total_us <= limit_us]
         self.plans = [self._plan(one) for one in hopeful]
+        self.even = False
         self.scale, self.rest_us = 1.0, 0.0
         self._corrections: dict[tuple[str, bool], float] = {}
+
+    def evenly(self) -> Prunable:
+        """The same network with one level for all layers, and corrections of its own."""
+        other = copy.copy(self)
+        other.even, other._corrections = True, {}
+        return other
+
+    @property
+    def way(self) -> str:
+        """How it gets faster, in words."""
+        if self.even:
+            return "even levels"
+        return f"channels cut for {self.cut:.0%} of the time" if self.cut else "zeros alone"
 
     @property
     def dense_us(self) -> float:
@@ -116,21 +133,23 @@ class Prunable:
     @property
     def least_us(self) -> float:
         """The least that it can be pruned to, as far as prices can tell."""
-        return min(self._fixed_us(plan) + reachable_us(self.options(plan)) for plan in self.plans)
+        return min(
+            self._fixed_us(plan) + self._reachable_us(self.options(plan)) for plan in self.plans
+        )
 
-    def propose(self, wanted_us: float, *, even: bool = False) -> Proposal:
+    def propose(self, wanted_us: float) -> Proposal:
         """The layouts and levels with the least sum of errors within the latency.
 
-        `even` gives every layer the same level. Raises BudgetError if it is out of reach.
+        Raises BudgetError if it is out of reach.
         """
         found: list[Proposal] = []
         for plan in self.plans:
             options, fixed_us = self.options(plan), self._fixed_us(plan)
-            budget_us, least_us = wanted_us - fixed_us, reachable_us(options)
+            budget_us, least_us = wanted_us - fixed_us, self._reachable_us(options)
             if abs(budget_us - least_us) <= ROUNDING * wanted_us:
                 budget_us = least_us
             try:
-                allocation = (uniform if even else allocate)(options, budget_us)
+                allocation = (uniform if self.even else allocate)(options, budget_us)
             except BudgetError:
                 continue
             found.append(Proposal(plan, allocation, fixed_us + allocation.run_us))
@@ -151,6 +170,9 @@ class Prunable:
         )
         limit_us = (1 - LEAST_GAIN) * dense.run_us
         return replace(layer, options=(dense, *(o for o in others if o.run_us <= limit_us)))
+
+    def _reachable_us(self, options: Sequence[LayerOptions]) -> float:
+        return (reachable_evenly_us if self.even else reachable_us)(options)
 
     def _fixed_us(self, plan: Plan) -> float:
         """All that no level changes: other layers, and work without weights."""
@@ -195,8 +217,8 @@ class Prunable:
 
     def with_zeros(self, levels: Mapping[str, Level]) -> onnx.ModelProto:
         """A copy with the zeros of a choice, in weights that nothing makes up for yet."""
-        copy = onnx.ModelProto()
-        copy.CopyFrom(self.model)
+        pruned = onnx.ModelProto()
+        pruned.CopyFrom(self.model)
         weights = {}
         for layer in weighted_layers(self.model):
             level = levels.get(layer.name, DENSE)
@@ -204,8 +226,8 @@ class Prunable:
                 (mask,) = self.database.masks(layer.name, [level])
                 kept = np.where(mask, layer.weight, 0).astype(layer.weight.dtype)
                 weights[layer.weight_name] = layer.as_stored(kept)
-        replace_weights(copy, weights)
-        return copy
+        replace_weights(pruned, weights)
+        return pruned
 
     def _plan(self, prices: Prices) -> Plan:
         dense = prices.prices([(name, None) for name in prices.layers])

@@ -86,6 +86,11 @@ def reachable_us(layers: Sequence[LayerOptions]) -> float:
     return math.fsum(layer.fastest_us for layer in layers)
 
 
+def reachable_evenly_us(layers: Sequence[LayerOptions]) -> float:
+    """The least that they can take with one level for all."""
+    return min((one.run_us for one in _at_each_level(layers)), default=0.0)
+
+
 def allocate(
     layers: Sequence[LayerOptions], budget_us: float, buckets: int = BUCKETS
 ) -> Allocation:
@@ -107,18 +112,14 @@ def allocate(
     return Allocation({layer: options[index] for (layer, options), index in picks})
 
 
-def uniform(
-    layers: Sequence[LayerOptions], budget_us: float, *, even_if_slower: bool = False
-) -> Allocation:
+def uniform(layers: Sequence[LayerOptions], budget_us: float) -> Allocation:
     """One level for all layers, the one with the least error that meets the budget: the baseline.
 
-    A layer without that level stays dense; so does a layer that would not get faster, unless
-    `even_if_slower`. Raises BudgetError if no level meets the budget.
+    A layer without that level, or that it would not make faster, stays dense. Raises BudgetError if
+    no level meets the budget.
     """
-    levels = dict.fromkeys(option.level for layer in layers for option in layer.options)
-    found = [_at_one_level(layers, level, even_if_slower) for level in levels]
-    _check_reachable(budget_us, min((one.run_us for one in found), default=0.0))
-    meeting = (one for one in found if one.run_us <= budget_us)
+    _check_reachable(budget_us, reachable_evenly_us(layers))
+    meeting = (one for one in _at_each_level(layers) if one.run_us <= budget_us)
     return min(meeting, key=lambda one: one.error, default=Allocation({}))
 
 
@@ -187,12 +188,17 @@ def _least_error(
     return chosen[::-1]
 
 
-def _at_one_level(layers: Sequence[LayerOptions], level: Level, even_if_slower: bool) -> Allocation:
-    """That level wherever there is one."""
+def _at_each_level(layers: Sequence[LayerOptions]) -> list[Allocation]:
+    """One level for all layers, for every level that any of them has."""
+    levels = dict.fromkeys(option.level for layer in layers for option in layer.options)
+    return [_at_one_level(layers, level) for level in levels]
+
+
+def _at_one_level(layers: Sequence[LayerOptions], level: Level) -> Allocation:
+    """That level wherever there is one that is faster than dense."""
     options = {}
     for layer in layers:
         dense = layer.options[0]
         option = layer.at(level) or dense
-        slower = option.run_us >= dense.run_us
-        options[layer.layer] = dense if slower and not even_if_slower else option
+        options[layer.layer] = option if option.run_us < dense.run_us else dense
     return Allocation(options)

@@ -93,6 +93,11 @@ class Sweep:
     points: tuple[SweepPoint, ...]
     quantity: str = "accuracy"
 
+    @property
+    def dense_us(self) -> float | None:
+        """What the network takes of which no speedup was asked, None where there is none."""
+        return next((point.latency_us for point in self.points if point.speedup == 1), None)
+
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         return {"format": SWEEP_FORMAT, **asdict(self)}

@@ -14,6 +14,7 @@ from topiarist.errors import OutputError
 
 INCHES = (6.4, 4.4)
 DPI = 150
+ROOM = 1.13  # for the label of the slowest
 INK, LINE, GRID = "#2b3a35", "#2a7d5f", "#dfe5e2"
 
 
@@ -58,9 +59,8 @@ def _draw(axes: Any, sweep: Sweep) -> None:
     axes.set_ylabel(sweep.quantity, color=INK, parse_math=False)
     axes.xaxis.set_major_formatter(lambda us, _: axis_time(us))
     axes.yaxis.set_major_formatter(lambda share, _: axis_share(share))
-    axes.set_xlim(left=0)
-    axes.margins(x=0.14, y=0.12)
-    axes.set_xlim(left=0)
+    axes.margins(y=0.12)
+    axes.set_xlim(0, ROOM * max(point.latency_us for point in points))
     axes.grid(color=GRID)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

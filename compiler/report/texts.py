@@ -60,6 +60,11 @@ def gain_text(gain: float | None) -> str:
     return f"{gain:.1f}×" if gain < 99.95 else f"{gain:.0f}×"
 
 
+def factor_text(factor: float) -> str:
+    """`1.25×`: what was asked for, and what came of it."""
+    return f"{factor:.2f}×"
+
+
 def error_text(error: float | None) -> str:
     """`+4.1 %`, with a real minus sign."""
     return "–" if error is None else f"{100 * error:+.1f} %".replace("-", "−")

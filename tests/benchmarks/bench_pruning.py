@@ -6,7 +6,7 @@ repository. Of other networks' shapes the share of weights that stays is compare
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,10 +16,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks.measure import ROOT, setting
+from tests.benchmarks.measure import ROOT, bundle_engine, feeds_of, in_turns, setting
 from tests.benchmarks.networks import SHARED, mobilenet_v1, resnet50, vgg16_convs
+from topiarist.compiler.bench import ratio_interval
+from topiarist.compiler.engines import open_engine
 from topiarist.compiler.guided import Goal, GuidedPruner
 from topiarist.compiler.model_files import Source, open_source
+from topiarist.compiler.pipeline import compile_model
 from topiarist.compiler.prunable import Prunable
 from topiarist.errors import BudgetError, TopiaristError
 from topiarist.pruning.accuracy import Accuracy, predicted_classes
@@ -31,6 +34,8 @@ from topiarist.targets import registry
 
 GOALS = (1.5, 2.0, 3.0)
 CALIBRATION = 1024
+BASELINE_S = 12.0
+WIDTH = 110
 CROPS = 16  # of each photograph, half of them to calibrate with
 IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FILES = {
@@ -59,6 +64,7 @@ class Row:
     speedup: float | None = None
     lost: float | None = None  # points of top-1, of agreement where there are no labels
     rounds: int = 0
+    over: Mapping[str, float] | None = None  # speedup over other dense networks, by name
 
 
 def main() -> None:
@@ -70,7 +76,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "benchmarks" / "pruning")
     parser.add_argument("--json", type=Path, help="write the results here")
     opts = parser.parse_args()
-    console = Console()
+    console = Console(width=WIDTH)
     source = _source(opts.model)
     rows: list[Row] = []
     for name in opts.only:
@@ -78,11 +84,12 @@ def main() -> None:
             console.print(f"{name}: needs {FILES[name]}")
             continue
         make = _compiled if name in FILES else _by_price
-        rows += make(name, opts.goals, source, opts.work / name)
+        for row in make(name, opts.goals, source, opts.work / name):
+            rows.append(row)
+            if opts.json:  # each row takes minutes
+                document = {**setting(), "source": source.name, "rows": [asdict(r) for r in rows]}
+                opts.json.write_text(json.dumps(document, indent=1))
     console.print(_table(rows))
-    if opts.json:
-        document = {**setting(), "source": source.name, "rows": [asdict(row) for row in rows]}
-        opts.json.write_text(json.dumps(document, indent=1))
 
 
 def _source(model: Path | None) -> Source:
@@ -97,12 +104,14 @@ def _compiled(name: str, goals: list[float], source: Source, folder: Path) -> It
     database = build_database(model, calibration, folder / "calibration")
     classes = predicted_classes(model, test)
     dense = Accuracy.of(classes, classes, test.labels).share
+    others: dict[str, float] = {}
     for way in ("guided", "even"):
         pruner = GuidedPruner(
             *(path, database, calibration, registry.get(registry.HOST), source, folder),
             channels=True,
             even=way == "even",
         )
+        others = others or _others(path, folder)
         for goal in goals:
             try:
                 found = pruner.prune(Goal(speedup=goal))
@@ -113,7 +122,21 @@ def _compiled(name: str, goals: list[float], source: Source, folder: Path) -> It
                 *(name, goal, way, found.density, found.cut, found.speedup[0]),
                 lost=100 * (dense - pruned),
                 rounds=len(found.rounds),
+                over={other: ratio * found.speedup[0] for other, ratio in others.items()},
             )
+
+
+def _others(model: Path, folder: Path) -> dict[str, float]:
+    """What other dense networks take, over our dense build's time: ours without Winograd, too."""
+    direct, dense = folder / "direct.topi", folder / "dense.topi"
+    compile_model(model, output=direct, dense=True, max_error=0.0, log=folder / "timings.jsonl")
+    feeds = feeds_of(dense)
+    engines = [bundle_engine(bundle.stem, bundle, feeds) for bundle in (dense, direct)]
+    samples = in_turns([*engines, open_engine("ort", model, feeds, 1)], BASELINE_S)
+    return {
+        name: ratio_interval(samples[name], samples[dense.stem]).median
+        for name in (direct.stem, "ort")
+    }
 
 
 def _by_price(name: str, goals: list[float], source: Source, folder: Path) -> Iterator[Row]:
@@ -133,9 +156,9 @@ def _by_price(name: str, goals: list[float], source: Source, folder: Path) -> It
     )
     sizes = {layer.name: layer.weight.size for layer in weighted_layers(model)}
     for goal in goals:
-        for way in ("guided", "even"):
+        for way, one in (("guided", network), ("even", network.evenly())):
             try:
-                proposal = network.propose(network.dense_us / goal, even=way == "even")
+                proposal = one.propose(network.dense_us / goal)
             except TopiaristError:
                 continue
             levels = proposal.allocation.levels
@@ -184,12 +207,14 @@ def _crops(photographs: NDArray[np.uint8]) -> Pictures:
 
 def _table(rows: list[Row]) -> Table:
     table = Table(
-        "network", "asked", "way", "speedup", "points lost", "weights left", "cut", "rounds"
+        *("network", "asked", "way", "speedup", "over direct", "over ORT"),
+        *("points lost", "weights left", "cut", "rounds"),
     )
     for row in rows:
         table.add_row(
             *(row.network, f"{row.goal:g}x", row.way),
             "" if row.speedup is None else f"{row.speedup:.2f}x",
+            *(f"{row.over[name]:.2f}x" if row.over else "" for name in ("direct", "ort")),
             "" if row.lost is None else f"{row.lost:.1f}",
             *(f"{row.density:.1%}", f"{row.cut:.0%}", str(row.rounds or "")),
         )

@@ -115,7 +115,7 @@ def test_targets_show_and_detect() -> None:
 
 def test_inspect(conv_model: Path) -> None:
     document = call_json("inspect", conv_model, "--target", "x86-avx2")
-    assert document["target"] == "x86-avx2"
+    assert document["target"] == "x86-avx2" and document["source"] == "counting instructions"
     assert [layer["layer"] for layer in document["layers"]] == ["conv0", "conv1", "conv2"]
     assert document["total"]["ceiling"] == pytest.approx(1.0)
     first = document["layers"][0]["estimate"]

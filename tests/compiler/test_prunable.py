@@ -67,8 +67,8 @@ def test_what_gains_next_to_nothing_is_not_offered(network: Prunable) -> None:
 
 def test_a_proposal_takes_what_was_asked_for(network: Prunable) -> None:
     assert network.dense_us == 300
-    for even in (False, True):
-        proposal = network.propose(200.0, even=even)
+    for way in (network, network.evenly()):
+        proposal = way.propose(200.0)
         assert 150 < proposal.expected_us <= 200
     with pytest.raises(BudgetError, match="is out of reach"):
         network.propose(0.9 * network.least_us)

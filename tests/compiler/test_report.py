@@ -482,6 +482,9 @@ def test_the_command_plots_a_sweep(tiny_bundle: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0 and str(plot) in result.stdout, result.output
     text = Page(output.read_text()).text
     assert "91.65 %" in text and "top-1" in text and plot.stat().st_size > 1000
+    dense, faster = SWEEP.points[:2]
+    assert f"{faster.speedup:.2f}×" in text and SWEEP.dense_us == dense.latency_us
+    assert f"{dense.latency_us / faster.latency_us:.2f}×" in text
     result = CliRunner().invoke(app, [*base, "--plot", str(plot)])
     assert result.exit_code == 2 and "--sweep" in result.stderr
 

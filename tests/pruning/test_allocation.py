@@ -112,7 +112,6 @@ def test_uniform_takes_one_level():
         _layer("c", (TENTH, 2.0, 0.9)),
     ]
     assert uniform(layers, 26.0).levels == {"a": HALF, "b": DENSE, "c": DENSE}
-    assert uniform(layers, 27.0, even_if_slower=True).levels == {"a": HALF, "b": HALF, "c": DENSE}
     assert uniform(layers, 25.9).levels == dict.fromkeys("abc", TENTH)
     assert uniform(layers, 30.0).levels == dict.fromkeys("abc", DENSE)
     with pytest.raises(BudgetError, match=r"least that can be reached is 6\.0 us"):
