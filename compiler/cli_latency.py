@@ -78,11 +78,10 @@ def collect_records(
     budget_s = parse_duration(budget)
     spec = registry.get(target)
     from topiarist.compiler.collect import collect
-    from topiarist.compiler.pipeline import require_cpu, require_measurable
+    from topiarist.compiler.pipeline import require_measurable
     from topiarist.compiler.worker import Worker
     from topiarist.tuning_logs.sources import open_logs
 
-    require_cpu(spec, "model collect")
     require_measurable(spec)
     logs = open_logs(log, spec, shipped=False)
     try:
