@@ -252,7 +252,7 @@ def explain(
     from topiarist.compiler.recorded import Device
 
     if network is None:
-        print_json(open_model(model, Device.here(spec, threads).key).card)
+        print_json(open_model(model, Device.of(spec, threads).key).card)
         return
     found = explain_network(network, spec, threads, model, layer, LAYER_FEATURES)
     if as_json:
