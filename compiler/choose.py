@@ -431,7 +431,7 @@ class Chooser:
             return Candidate(kernel.name, config, us, measured=False)
         workload, views = site.workload, site.views
         packed = kernel.pack(site, config, node.weight)
-        name = self.parts.convolution(kernel, site, config)
+        name = self.parts.convolution(kernel, site, config, node.weight)
         args: list[Any] = [_ref("x", views.x, workload.batch), *packed, node.bias]
         if views.residual is not None:
             args.append(_ref("residual", views.residual, workload.batch))

@@ -185,7 +185,8 @@ class LayerBench:
         self.tell("build", index)
         try:
             packed = variant.kernel.pack(site, variant.config, self._layer.weight)
-            name = self.parts.convolution(variant.kernel, site, variant.config)
+            weight = self._layer.weight
+            name = self.parts.convolution(variant.kernel, site, variant.config, weight)
             function = self.machine.load(self.parts, name)
         except (BoardError, GpuError):
             raise

@@ -24,7 +24,10 @@ VERSION = 3  # of the features: raised when a name or its meaning changes
 GPU_VERSION = 4  # the same on GPUs, which have counts of their own
 
 _SKIP_ZEROS = frozenset(
-    {"direct_sparse", "block_sparse", "block8_sparse", "cuda_sparse", "sparse_linear"}
+    {
+        *("direct_sparse", "block_sparse", "block8_sparse"),
+        *("cuda_sparse", "cuda_compiled", "sparse_linear"),
+    }
 )
 LOG = "log_"  # begins the names of counts
 _LARGEST = float(np.finfo(np.float32).max)

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.cuda import ptx
+
 HERE = Path(__file__).parent
 _KERNEL = re.compile(r'extern "C" __global__ void [^;{]*?(\w+)\(([^;{)]*)\) {')
 # Reads of vectors that aren't aligned and of arrays past their end end the process.
@@ -114,7 +116,7 @@ def compile_for_processor(source: str, folder: Path) -> bytes:
     library = folder / f"{name}.so"
     if not library.exists():
         unit = folder / f"{name}.cc"
-        source = source.replace("__shared__ alignas(64)", "alignas(64) static")
+        source = ptx.in_c(source).replace("__shared__ alignas(64)", "alignas(64) static")
         unit.write_text(source + "".join(_runner(source, m) for m in _KERNEL.finditer(source)))
         subprocess.run([*_GXX, *_CHECKS, f"-I{HERE}", unit, "-o", library], check=True)
     return str(library).encode() + b"\0"

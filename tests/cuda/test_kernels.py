@@ -15,15 +15,16 @@ from tests.schedules import kernel_contract, references
 from tests.schedules.building import FloatArray, check_written, relative_error
 from tests.schedules.kernel_contract import CASES, PATTERNS, ConvCase, Problem
 from topiarist.pruning.patterns import find_pattern
-from topiarist.schedules.cuda.direct import CudaConfig
-from topiarist.schedules.cuda.kernels import CudaDense, CudaSparse
+from topiarist.schedules.cuda.kernels import CudaCompiled, CudaDense, CudaSparse
+from topiarist.schedules.cuda.thread import CudaConfig
 from topiarist.schedules.kernel import ConvKernel, ConvSite
 from topiarist.schedules.workload import signature
 from topiarist.targets import x86
 from topiarist.targets.cuda import PROFILES
 
 TARGET = PROFILES[-1]
-KERNELS: tuple[ConvKernel[Any], ...] = (CudaDense(), CudaSparse())
+GENERIC: tuple[ConvKernel[Any], ...] = (CudaDense(), CudaSparse(), CudaCompiled())
+KERNELS = (*GENERIC, CudaCompiled())
 # Each with what it needs: pixels that divide, rows that are split, chunks, quads.
 FORMS = (
     CudaConfig(1, 1, 32, 1),
@@ -32,6 +33,12 @@ FORMS = (
     CudaConfig(4, 1, 64, 8, chunk=16),
     CudaConfig(4, 4, 32, 1, quads=True),
     CudaConfig(2, 4, 32, 4, chunk=4, quads=True),
+)
+COMPILED_FORMS = (
+    CudaConfig(1, 1, 32, 1),
+    CudaConfig(8, 2, 32, 2),
+    CudaConfig(4, 4, 64, 1),
+    CudaConfig(4, 1, 32, 8),
 )
 FORM_CASES = {
     "even": ConvCase(channels=9, outputs=16, plane=(8, 6), batch=3, activation=(0.0, None)),
@@ -64,7 +71,7 @@ def run(jobs: dict[str, Job]) -> dict[str, FloatArray]:
     functions, calls = {}, {}
     for name, (kernel, problem, config) in jobs.items():
         site = site_of(problem)
-        functions[name] = kernel.prim_func(site, config, name)
+        functions[name] = kernel.specialised(site, config, name, problem.weight)
         calls[name] = kernel_contract.arguments(kernel, problem, config, site)
     return emulation.run_all(functions, TARGET, calls)
 
@@ -100,15 +107,16 @@ class TestKernels:
     def test_every_form(self, gpu: ProcessPoolExecutor, kernel: ConvKernel[Any]) -> None:
         """Split rows, staged chunks and quads, where they fit."""
         jobs: dict[str, Job] = {}
+        forms = COMPILED_FORMS if kernel.weight_in_code else FORMS
         left_out = ["strided", "pointwise"] if kernel.sparse else ["groups", "pointwise_odd"]
         for name, case in FORM_CASES.items():
             if name in left_out:
                 continue
             problem = problem_of(case)
-            for i, config in enumerate(FORMS):
+            for i, config in enumerate(forms):
                 if kernel.fits(site_of(problem), config):
                     jobs[f"{name}_{i}"] = kernel, problem, config
-        assert {config for _, _, config in jobs.values()} == set(FORMS)
+        assert {config for _, _, config in jobs.values()} == set(forms)
         check(gpu, jobs)
 
     def test_patterns_of_zeros(self, gpu: ProcessPoolExecutor, kernel: ConvKernel[Any]) -> None:
@@ -134,15 +142,6 @@ class TestKernels:
         assert len(set(found)) == len(found)
         assert all(kernel.fits(site, config) for config in found)
 
-    def test_packs_every_nonzero_once(self, kernel: ConvKernel[Any]) -> None:
-        """What else the values hold is zero."""
-        problem = problem_of(CASES["groups_2"])
-        site = site_of(problem)
-        for config in kernel.knobs(site)[::20]:
-            values = kernel.pack(site, config, problem.weight)[0]
-            want = np.sort(problem.weight[problem.weight != 0])
-            assert np.array_equal(np.sort(values[values != 0]), want)
-
     def test_what_does_not_fit_is_not_built(self, kernel: ConvKernel[Any]) -> None:
         """`fits` says so, packing and generating raise."""
         problem = problem_of(CASES["odd_outputs"])
@@ -151,13 +150,13 @@ class TestKernels:
         with pytest.raises(ValueError, match="does not fit: output channels"):
             kernel.pack(site, config, problem.weight)
         with pytest.raises(ValueError, match="does not fit: output channels"):
-            kernel.prim_func(site, config, "kernel")
+            kernel.specialised(site, config, "kernel", problem.weight)
 
     @pytest.mark.parametrize(
         ("config", "reason"),
         [
             (CudaConfig(1, 4, 32, 1), "13 rows are no multiple of 4"),
-            (CudaConfig(1, 4, 32, 1, quads=True), "four pixels at a time"),
+            (CudaConfig(1, 4, 32, 1, quads=True), "four pixels at a time|no quads"),
             (CudaConfig(1, 1, 256, 8), "2048 threads"),
             (CudaConfig(8, 13, 64, 8), "186368 bytes of shared memory"),
         ],
@@ -166,13 +165,24 @@ class TestKernels:
         """Of tiles and of a block's resources."""
         problem = problem_of(CASES["density_0.3"])
         with pytest.raises(ValueError, match=reason):
-            kernel.prim_func(site_of(problem), config, "kernel")
+            kernel.specialised(site_of(problem), config, "kernel", problem.weight)
 
     def test_cpus_are_refused(self, kernel: ConvKernel[Any]) -> None:
         """With the target's name."""
         workload = problem_of(CASES["density_0.3"]).workload
         assert kernel.refuses(workload, x86.PROFILES[0]) == "x86-avx512 is no GPU"
         assert kernel.refuses(workload, TARGET) is None
+
+
+@pytest.mark.parametrize("kernel", GENERIC, ids=lambda kernel: kernel.name)
+def test_packs_every_nonzero_once(kernel: ConvKernel[Any]) -> None:
+    """What else the values hold is zero."""
+    problem = problem_of(CASES["groups_2"])
+    site = site_of(problem)
+    for config in kernel.knobs(site)[::20]:
+        values = kernel.pack(site, config, problem.weight)[0]
+        want = np.sort(problem.weight[problem.weight != 0])
+        assert np.array_equal(np.sort(values[values != 0]), want)
 
 
 def test_blocks_share_loads() -> None:
