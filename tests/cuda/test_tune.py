@@ -21,8 +21,8 @@ from topiarist.compiler.tune import TuneOptions, TuneReport, tune_model
 from topiarist.compiler.worker import Layer, Outcome, Variant, Worker
 from topiarist.errors import TopiaristError
 from topiarist.pruning.one_shot import prune_model
-from topiarist.schedules.cuda.direct import CudaConfig
 from topiarist.schedules.cuda.kernels import CudaSparse
+from topiarist.schedules.cuda.thread import CudaConfig
 from topiarist.schedules.kernel import ConvSite
 from topiarist.targets import detect_cuda, gpu_state, nvrtc, registry
 from topiarist.targets.gpu_state import GpuState
