@@ -61,6 +61,8 @@ def inspect_bundle(bundle: Path, as_json: bool) -> None:
             f"roofline of one core, {source}: {target.peak_gflops:.0f} GFLOP/s, "
             f"{target.bandwidth_gbs:.1f} GB/s from beyond the second-level cache"
         )
+    if target.gpu is not None:
+        say(f"roofline of {target.gpu.model}, by its data sheet: {target.gpu.roofline}")
     if total["run_us"] is not None:
         say(
             f"{len(manifest.layers)} layers take {total['run_us'] / 1e3:.2f} ms, "

@@ -55,20 +55,16 @@ size_t emulated_memory = ~static_cast<size_t>(0);
 extern "C" int emulated_threads;
 int emulated_threads = 1024;
 
-// The version of CUDA that the driver serves, and the device's architecture.
-extern "C" int emulated_cuda, emulated_major;
-int emulated_cuda = 13000, emulated_major = 9;
-
 // What a test may ask: launches since the start, by themselves and in graphs.
 extern "C" int emulated_launches, emulated_graphs;
 int emulated_launches, emulated_graphs;
 
 extern "C" {
 int cuInit(unsigned) { return kOk; }
-int cuDriverGetVersion(int* version) { return *version = emulated_cuda, kOk; }
+int cuDriverGetVersion(int* version) { return *version = 13000, kOk; }
 int cuDeviceGetCount(int* count) { return *count = 1, kOk; }
 int cuDeviceGetAttribute(int* value, int attribute, int) {
-  return *value = attribute == 75 ? emulated_major : 0, kOk;
+  return *value = attribute == 75 ? 9 : 0, kOk;
 }
 int cuModuleLoadData(void** module, const void* image) {
   *module = dlopen(static_cast<const char*>(image), RTLD_NOW | RTLD_LOCAL);

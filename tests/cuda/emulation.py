@@ -95,7 +95,7 @@ def grant_memory(size: int) -> None:
 
 
 def limit(**values: int) -> None:
-    """What the GPU of this process has: `memory`, `threads` of a block, `cuda`, `major`."""
+    """What the GPU of this process has: `memory`, `threads` of a block."""
     for name, value in values.items():
         kind = ctypes.c_size_t if name == "memory" else ctypes.c_int
         kind.in_dll(_loaded[0], f"emulated_{name}").value = value

@@ -1,4 +1,4 @@
-"""Pruning to a latency on the emulated GPU, whose times mean nothing: every step is gone through."""
+"""Pruning to a latency on the emulated GPU, whose times mean nothing: all steps are gone through."""
 
 from __future__ import annotations
 
