@@ -41,14 +41,14 @@ class GpuTimer(Timer):
         """Seconds of a call, each over a graph of calls. Raises BuildError for one that fails."""
         function(*next(arguments))  # loads the machine code, which a capture may not
         self.device.sync()
-        with self._graph(function, arguments, 1) as seconds:
+        with self.graph(function, arguments, 1) as seconds:
             number = min(MOST_CALLS, calls_of_slice(seconds()))
-        with self._graph(function, arguments, number) as seconds:
+        with self.graph(function, arguments, number) as seconds:
             seconds()
             return tuple(seconds() / number for _ in range(REPEATS))
 
     @contextlib.contextmanager
-    def _graph(
+    def graph(
         self, function: Callable[..., None], arguments: Arguments, number: int
     ) -> Iterator[Callable[[], float]]:
         """What launches a graph of so many calls once and returns its seconds."""
