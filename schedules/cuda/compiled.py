@@ -26,10 +26,10 @@ from tvm.script.ir_builder import tirx as T
 from topiarist.schedules.cpu.emit import argument, prim_func
 from topiarist.schedules.cuda.thread import (
     CudaConfig,
-    Epilogue,
     Loops,
     each_thread,
     refuses_place,
+    tap_offsets,
 )
 from topiarist.schedules.kernel import ConvViews
 from topiarist.schedules.workload import ConvWorkload
@@ -94,7 +94,7 @@ def codes(k: Loops, weight: NDArray[np.float32]) -> list[Code]:
     """Of every row of blocks and every part of its columns, in this order."""
     c, layout = k.config, k.views.x.layout
     blocks = weight.reshape(k.rows, c.channels, k.taps)
-    taps = k.offsets().ravel()
+    taps = tap_offsets(k.workload, layout).ravel()
     found: list[Code] = []
     steps = np.arange(c.pixels) * k.workload.strides[0] * layout.row_vectors
     for row, block in enumerate(blocks):
@@ -144,7 +144,7 @@ def make_prim_func(k: Loops, name: str, weight: NDArray[np.float32]) -> Any:
     source = source_of(function, codes(k, weight), k.config.sums)
     with prim_func(name) as builder:
         x = argument("x", k.workload.batch * k.views.x.layout.size)
-        with each_thread(k, Epilogue.arguments(k)) as thread:
+        with each_thread(k) as thread:
             pixel, first = T.address_of(x[thread.place.x]), T.address_of(thread.sums[0])
             part = thread.row * k.config.split + thread.ty
             T.evaluate(T.cuda.func_call(function, pixel, first, part, source_code=source))

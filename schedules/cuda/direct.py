@@ -19,7 +19,7 @@ from tvm.script.ir_builder import tirx as T
 
 from topiarist.schedules.cpu.emit import argument, prim_func, symbol
 from topiarist.schedules.cuda import emit
-from topiarist.schedules.cuda.thread import QUAD, Epilogue, Loops, Thread, each_thread
+from topiarist.schedules.cuda.thread import QUAD, Loops, Thread, each_thread, tap_offsets
 from topiarist.schedules.kernel import Packed
 
 
@@ -64,7 +64,7 @@ def make_prim_func(k: Loops, name: str) -> Any:
         else:
             values = argument("values", w.out_channels * k.taps)
             weight = _Weight(k, values, argument("offsets", k.taps, "int32"))
-        with each_thread(k, Epilogue.arguments(k)) as thread:
+        with each_thread(k) as thread:
             walk = _staged if k.config.chunk else _unstaged
             walk(k, x, weight, thread)
     return builder.get()
@@ -147,7 +147,7 @@ def pack(k: Loops, weight: NDArray[np.float32]) -> Packed:
     A row holds the columns of `channels` neighbouring output channels: the union of their
     nonzeros, or all.
     """
-    at = k.offsets().ravel() // k.offset_unit
+    at = tap_offsets(k.workload, k.views.x.layout).ravel() // k.offset_unit
     blocks = weight.reshape(k.rows, k.config.channels, k.taps)
     if not k.sparse:
         return blocks.transpose(0, 2, 1).astype(np.float32).ravel(), at.astype(np.int32)

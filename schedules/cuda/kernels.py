@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topiarist.schedules.cpu.kernels import MAX_SPARSE_DENSITY
-from topiarist.schedules.cuda import compiled, compiled_space, direct, space
+from topiarist.schedules.cuda import compiled, compiled_space, direct, space, tiled, tiled_space
 from topiarist.schedules.cuda.thread import CudaConfig, Loops, refuses_place
+from topiarist.schedules.cuda.tiled import TiledConfig, Tiles
 from topiarist.schedules.kernel import ConvKernel, ConvSite, Packed
 from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets.spec import TargetSpec
@@ -51,6 +52,46 @@ class CudaDense(ConvKernel[CudaConfig]):
         if why is not None:
             raise ValueError(f"{config} does not fit: {why}")
         return Loops(site.workload, config, site.views, self.sparse)
+
+
+class CudaTiled(ConvKernel[TiledConfig]):
+    """Dense convolution whose blocks of threads share weights and inputs in shared memory."""
+
+    name = "cuda_tiled"
+    sparse = False
+    tries = 8
+
+    def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
+        """Serves groups with enough output channels."""
+        if target.gpu is None:
+            return f"{target.name} is no GPU"
+        return tiled.refuses(workload)
+
+    def knobs(self, site: ConvSite) -> list[TiledConfig]:
+        """Tiles of a thread and of a block, taps in a step, teams."""
+        return tiled_space.configs(site)
+
+    def fits(self, site: ConvSite, config: TiledConfig) -> bool:
+        """Whether the configuration works between these layouts."""
+        return tiled.refuses_place(site.workload, config, site.views) is None
+
+    def estimate_us(self, site: ConvSite, config: TiledConfig) -> float:
+        """Instructions, loads from shared memory, barriers, bytes."""
+        return tiled_space.Estimator.of(site).us(config)
+
+    def pack(self, site: ConvSite, config: TiledConfig, weight: NDArray[np.float32]) -> Packed:
+        """values and offsets."""
+        return tiled.pack(self._tiles(site, config), weight)
+
+    def prim_func(self, site: ConvSite, config: TiledConfig, name: str) -> Any:
+        """One kernel, halo included."""
+        return tiled.make_prim_func(self._tiles(site, config), name)
+
+    def _tiles(self, site: ConvSite, config: TiledConfig) -> Tiles:
+        why = tiled.refuses_place(site.workload, config, site.views)
+        if why is not None:
+            raise ValueError(f"{config} does not fit: {why}")
+        return Tiles(site.workload, config, site.views)
 
 
 class CudaSparse(CudaDense):

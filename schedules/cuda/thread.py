@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from tvm.script.ir_builder import tirx as T
 
 from topiarist.schedules.cpu.direct import refuses_views
-from topiarist.schedules.cpu.emit import argument
 from topiarist.schedules.cuda import emit
+from topiarist.schedules.cuda.epilogue import Epilogue, add_up
 from topiarist.schedules.kernel import ConvViews, KernelConfig
 from topiarist.schedules.layout import LaneLayout
 from topiarist.schedules.workload import ConvWorkload
@@ -65,13 +65,33 @@ class CudaConfig(KernelConfig):
         return 4 * (sums + self.split * self.chunk * (1 + self.channels))
 
 
+def refuses_layouts(workload: ConvWorkload, views: ConvViews) -> str | None:
+    """Why no kernel can run between these layouts, None where all can."""
+    layouts = [v.layout for v in (views.x, views.y, views.residual) if v is not None]
+    if any(layout.grid.lanes > 1 or layout.tile for layout in layouts):
+        return "a GPU reads planes of pixels, no vectors and no tiles"
+    return refuses_views(workload, views)
+
+
+def tap_offsets(workload: ConvWorkload, layout: LaneLayout) -> NDArray[np.int64]:
+    """Of the taps [C / groups, kh, kw] in the input, from the tap (0, 0) of a group's channel 0."""
+    w = workload
+    channel = np.arange(w.in_channels // w.groups) * layout.channel_stride
+    ky = np.arange(w.kernel[0]) * w.dilation[0] * layout.row_vectors
+    kx = np.arange(w.kernel[1]) * w.dilation[1]
+    return channel[:, None, None] + ky[:, None] + kx
+
+
+def first_tap(workload: ConvWorkload, layout: LaneLayout, row: Any, col: Any) -> Any:
+    """Where the tap (0, 0) of an output pixel lies in an input channel."""
+    top, left = (0, 0) if workload.pointwise else workload.padding[:2]
+    return layout.offset(row * workload.strides[0] - top, col * workload.strides[1] - left)
+
+
 def refuses_place(workload: ConvWorkload, config: CudaConfig, views: ConvViews) -> str | None:
     """Why a configuration can't run between these layouts, None where it can."""
     w = workload
-    why = refuses_views(w, views)
-    layouts = [v.layout for v in (views.x, views.y, views.residual) if v is not None]
-    if why is None and any(layout.grid.lanes > 1 or layout.tile for layout in layouts):
-        why = "a GPU reads planes of pixels, no vectors and no tiles"
+    why = refuses_layouts(w, views)
     if why is not None:
         return why
     if w.out_channels // w.groups % config.channels:
@@ -148,14 +168,6 @@ class Loops:
         """The same in the values of the input."""
         return self.row_step * self.workload.strides[0] * self.views.x.layout.row_vectors
 
-    def offsets(self) -> NDArray[np.int64]:
-        """Of the taps [C / groups, kh, kw] in the input, from the tap (0, 0) of channel 0."""
-        w, layout = self.workload, self.views.x.layout
-        channel = np.arange(self.group_in) * layout.channel_stride
-        ky = np.arange(w.kernel[0]) * w.dilation[0] * layout.row_vectors
-        kx = np.arange(w.kernel[1]) * w.dilation[1]
-        return channel[:, None, None] + ky[:, None] + kx
-
 
 @dataclass(frozen=True)
 class Place:
@@ -172,25 +184,6 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Epilogue:
-    """What the end of a convolution reads and writes."""
-
-    bias: Any
-    residual: Any
-    y: Any
-
-    @staticmethod
-    def arguments(k: Loops) -> Epilogue:
-        """The last arguments of every kernel: bias[, residual], y."""
-        w, views = k.workload, k.views
-        bias = argument("bias", w.out_channels)
-        residual = None
-        if views.residual is not None:
-            residual = argument("residual", w.batch * views.residual.layout.size)
-        return Epilogue(bias, residual, argument("y", w.batch * views.y.layout.size))
-
-
-@dataclass(frozen=True)
 class Thread:
     """A thread of a kernel's grid, with its accumulators; `row` is its block of channels."""
 
@@ -202,22 +195,21 @@ class Thread:
 
 
 @contextmanager
-def each_thread(k: Loops, end: Epilogue) -> Iterator[Thread]:
-    """The kernel's grid: the block adds to the sums, which are stored after it, halo included."""
-    c, view = k.config, k.views.y
+def each_thread(k: Loops) -> Iterator[Thread]:
+    """The kernel's last arguments and its grid: what is added to the sums is stored at the end."""
+    c = k.config
+    end = Epilogue.arguments(k.workload, k.views)
     with emit.grid((k.tiles, k.rows), (c.threads, c.split)) as ((tile, row), (tx, ty)):
         place = _place(k, tile * c.threads + tx)
         sums = emit.local(c.sums)
         for i in range(c.sums):
             T.buffer_store(sums, T.float32(0), [i])
         yield Thread(place, sums, row, tx, ty)
-        _add_up(k, sums, tx, ty)
+        add_up(sums, c.threads, c.split, tx, ty)
         with emit.when(T.And(place.exists, ty == 0)):
             _store(k, end, place, sums, row)
         worker = (tile * c.split + ty) * c.threads + tx
-        with T.serial(0, k.workload.batch) as image, T.serial(0, c.channels) as a:
-            at = view.at(image, row * c.channels + a)
-            emit.write_halo(end.y, view, at, worker, k.tiles * c.block_threads)
+        end.write_halo(row * c.channels, c.channels, worker, k.tiles * c.block_threads)
 
 
 def _place(k: Loops, number: Any) -> Place:
@@ -235,28 +227,8 @@ def _place(k: Loops, number: Any) -> Place:
         return Place(T.bind(x), image, quad, 0, number < count)
     row, col = place // w.out_width % (w.out_height // k.config.pixels), place % w.out_width
     row = row * k.config.pixels if k.adjacent else row
-    top, left = (0, 0) if w.pointwise else w.padding[:2]
-    first = layout.offset(row * w.strides[0] - top, col * w.strides[1] - left)
+    first = first_tap(w, layout, row, col)
     return Place(T.bind(start + first), image, row, col, number < count)
-
-
-def _add_up(k: Loops, sums: Any, tx: Any, ty: Any) -> None:
-    """The first thread of those that split a row gets the sums of all."""
-    c = k.config
-    if c.split == 1:
-        return
-    parts = emit.shared((c.split - 1) * c.threads * c.sums)
-
-    def at(part: Any, i: int) -> Any:
-        return (part * c.sums + i) * c.threads + tx
-
-    with emit.when(ty > 0):
-        for i in range(c.sums):
-            T.buffer_store(parts, sums[i], [at(ty - 1, i)])
-    with emit.when(ty == 0):
-        for part in range(c.split - 1):
-            for i in range(c.sums):
-                T.buffer_store(sums, sums[i] + parts[at(part, i)], [i])
 
 
 def _store(k: Loops, end: Epilogue, place: Place, sums: Any, row: Any) -> None:
@@ -276,14 +248,6 @@ def _store(k: Loops, end: Epilogue, place: Place, sums: Any, row: Any) -> None:
 def _store_pixel(
     k: Loops, end: Epilogue, image: Any, pixel: tuple[Any, Any], sums: Any, row: Any, v: int
 ) -> None:
-    c, views = k.config, k.views
+    c = k.config
     for a in range(c.channels):
-        channel = row * c.channels + a
-        at = views.y.at(image, channel) + views.y.layout.offset(*pixel)
-        value = sums[a * c.pixels + v] + end.bias[channel]
-        if views.in_place:
-            value = value + end.y[at]
-        elif views.residual is not None:
-            other = views.residual
-            value = value + end.residual[other.at(image, channel) + other.layout.offset(*pixel)]
-        T.buffer_store(end.y, emit.clamp(value, k.workload.activation), [at])
+        end.store(image, row * c.channels + a, pixel, sums[a * c.pixels + v])
