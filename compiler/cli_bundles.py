@@ -53,7 +53,8 @@ def inspect_bundle(bundle: Path, as_json: bool) -> None:
     )
     print_explanations({layer.layer: layer.explanation for layer in manifest.layers})
     target = manifest.target
-    say(f"compiled for {target.device_model or target.name}, {manifest.threads} thread(s)")
+    named = target.name if target.gpu is not None else target.device_model or target.name
+    say(f"compiled for {named}, {manifest.threads} thread(s)")
     if target.peak_gflops is not None and target.bandwidth_gbs is not None:
         stated = target.clusters and target.name != registry.HOST
         source = "as its profile states" if stated else "measured"

@@ -100,7 +100,7 @@ class Launches:
         if status:
             text = self._cuda.cudaGetErrorString
             text.restype = ctypes.c_char_p
-            raise GpuError(f"the GPU failed while it timed a kernel: {text(status).decode()}")
+            raise GpuError(f"the GPU failed to run a kernel: {text(status).decode()}")
 
 
 class GpuTimer(Timer):
@@ -114,8 +114,14 @@ class GpuTimer(Timer):
         self, function: Callable[..., None], args: Sequence[Ref | NDArray[Any]]
     ) -> tuple[float, ...]:
         """Seconds of a call, repeated. Raises GpuError."""
-        with failures("while it timed a kernel"):
-            return super().seconds(function, args)
+        try:
+            with failures("to run a kernel"):
+                return super().seconds(function, args)
+        except GpuError as error:
+            raise GpuError(
+                f"{error}. `topiarist tune` leaves out kernels that fail, and `topiarist compile "
+                "--strict` then builds from its log"
+            ) from error
 
     def repeats(self, function: Callable[..., None], arguments: Arguments) -> tuple[float, ...]:
         """Seconds of a call, each over a graph of calls."""

@@ -96,7 +96,8 @@ def open_source(
     if shipped is not None:
         return Source(Learned(shipped.standing_for(key)), _shipped_name(shipped, key))
     if target.gpu is not None:
-        return Source(Counted(), "a count of work that no GPU has confirmed: `model collect` would")
+        name = "counted work, which no GPU has confirmed (`topiarist model collect` measures)"
+        return Source(Counted(), name)
     if runs_here(target) is None:
         target = with_roofline(target)
     if target.peak_gflops is None or target.bandwidth_gbs is None:

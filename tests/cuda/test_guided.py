@@ -1,4 +1,4 @@
-"""Pruning to a latency on the emulated GPU, whose times mean nothing: all steps are gone through."""
+"""Pruning to a latency on the emulated GPU: every step, with times that mean nothing."""
 
 from __future__ import annotations
 
