@@ -105,7 +105,7 @@ def train_prune(
     from topiarist.compiler.bundle import check_writable
     from topiarist.compiler.frontend import load_onnx
     from topiarist.compiler.model_files import open_source
-    from topiarist.compiler.pipeline import compile_model, require_cpu
+    from topiarist.compiler.pipeline import compile_model
     from topiarist.compiler.train_prune import Teaching
     from topiarist.compiler.train_prune import train_prune as train
     from topiarist.pruning.calibration import load_images
@@ -113,7 +113,6 @@ def train_prune(
     from topiarist.pruning.guidance import Rules
 
     spec = registry.get(target)
-    require_cpu(spec, "train-prune")
     check_output(output)
     if bundle is not None:
         check_writable(bundle)

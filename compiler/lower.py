@@ -154,7 +154,7 @@ class _Lowering:
         kernel, config = conv_kernel(choice.kernel), choice.config
         views = conv_views(node, self.plan.layouts)
         site = self.parts.site(self.plan.workloads[node.name], views)
-        name = self._use(self.parts.convolution(kernel, site, config))
+        name = self._use(self.parts.convolution(kernel, site, config, node.weight))
         (_, x), *residual = self._reads(node)
         packed = self.parts.constants(
             (node.name, kernel.name, config, views),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from topiarist.compiler.prices import Analytic, Learned, Pricer
+from topiarist.compiler.prices import Analytic, Counted, Learned, Pricer
 from topiarist.compiler.recorded import Device, is_current_kernel
 from topiarist.compiler.roofline import with_roofline
 from topiarist.compiler.runtime import versions
@@ -58,26 +58,36 @@ class Found:
     name: str
 
 
-def find_model(target: TargetKey) -> Found | None:
+def find_model(key: TargetKey, target: TargetSpec) -> Found | None:
     """The user's model of the target, else the package's; None where neither holds today.
 
     Raises CostModelError for a broken file of the user's.
     """
-    file = default_model(target)
+    file = default_model(key)
     if file.exists():
-        model = LatencyModel.load(file)
-        if model.covers.target == target and holds_today(model.covers):
+        model = serving(LatencyModel.load(file), key, target)
+        if model.covers.target == key and holds_today(model.covers):
             return Found(model, _file_name(model, file))
-    shipped = shipped_model(target)
+    shipped = shipped_model(key)
     if shipped is None:
         return None
-    return Found(shipped.standing_for(target), _shipped_name(shipped, target))
+    return Found(shipped.standing_for(key), _shipped_name(shipped, key))
 
 
-def open_model(path: Path | None, target: TargetKey) -> LatencyModel:
+def open_model(path: Path | None, key: TargetKey) -> LatencyModel:
     """A model file; without one named the user's or the package's. Raises CostModelError."""
-    found = find_model(target) if path is None else None
-    return LatencyModel.load(path or default_model(target)) if found is None else found.model
+    if path is None and not default_model(key).exists():
+        found = shipped_model(key)
+        if found is not None:
+            return found.standing_for(key)
+    return LatencyModel.load(path or default_model(key))
+
+
+def serving(model: LatencyModel, key: TargetKey, target: TargetSpec) -> LatencyModel:
+    """The model as the key asks for it: a GPU that is only named is any of its architecture."""
+    named = target.gpu is not None and runs_here(target) is not None
+    alike = model.covers.target == replace(key, device_model=model.covers.target.device_model)
+    return model.standing_for(key) if named and alike else model
 
 
 @dataclass(frozen=True)
@@ -94,17 +104,21 @@ def open_source(
     """The named model; without a name the user's or the package's if it fits; else the formula.
 
     `device` is the one whose times count, this machine if it is left out. The formula needs the
-    machine's peak and bandwidth, stated by the target or measured here.
+    machine's peak and bandwidth, stated by the target or measured here; for GPUs a count of their
+    work stands in for it. A GPU that is only named is served by a model of any of its architecture.
     Raises CostModelError if a named model covers another target, or none of these will do.
     """
     key = (device or Device.here(target, threads)).key
     if path is not None:
-        model = LatencyModel.load(path)
+        model = serving(LatencyModel.load(path), key, target)
         model.covers.check_target(key)
         return Source(Learned(model), _file_name(model, path))
-    found = find_model(key)
+    found = find_model(key, target)
     if found is not None:
         return Source(Learned(found.model), found.name)
+    if target.gpu is not None:
+        name = "counted work, which no GPU has confirmed (`topiarist model collect` measures)"
+        return Source(Counted(), name)
     if runs_here(target) is None:
         target = with_roofline(target)
     if target.peak_gflops is None or target.bandwidth_gbs is None:

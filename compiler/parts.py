@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tvm
 from numpy.typing import NDArray
 
@@ -59,14 +61,24 @@ class Parts:
         """A convolution in its place, on this target."""
         return ConvSite(workload, views, self.target, self.threads)
 
-    def convolution(self, kernel: ConvKernel[Any], site: ConvSite, config: KernelConfig) -> str:
-        """The name of a convolution's function; layers that differ in zeros only share it."""
+    def convolution(
+        self,
+        kernel: ConvKernel[Any],
+        site: ConvSite,
+        config: KernelConfig,
+        weight: NDArray[np.float32],
+    ) -> str:
+        """The name of a convolution's function; layers that differ in zeros only share it.
+
+        With kernels whose code holds the weight, only layers with the same weight do.
+        """
         w = site.workload
+        held = hashlib.sha256(weight.tobytes()).digest() if kernel.weight_in_code else None
         label = f"{kernel.name}_{w.in_channels}x{w.height}_{w.out_channels}_k{w.kernel[0]}"
         return self.function(
-            (kernel.name, replace(w, sparsity=ANY_SPARSITY), config, site.views),
+            (kernel.name, replace(w, sparsity=ANY_SPARSITY), config, site.views, held),
             label,
-            lambda name: kernel.prim_func(site, config, name),
+            lambda name: kernel.specialised(site, config, name, weight),
         )
 
     def compiled(self, names: Sequence[str]) -> Mapping[str, Callable[..., None]]:

@@ -28,5 +28,5 @@ class Predictor:
 def find_predictor(target: TargetSpec, threads: int) -> Predictor | None:
     """The latency model of the target, the user's or the package's; None where there is none."""
     device = Device.named(target, threads)
-    found = find_model(device.key)
+    found = find_model(device.key, target)
     return None if found is None else Predictor(device, Learned(found.model), found.name)

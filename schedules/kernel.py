@@ -54,6 +54,7 @@ class ConvKernel(ABC, Generic[C]):
     name: ClassVar[str]
     version: ClassVar[int] = 1  # raised when old measurements no longer hold
     sparse: ClassVar[bool]
+    weight_in_code: ClassVar[bool] = False  # then code serves one weight: `specialised` makes it
     tries: ClassVar[int] = 6  # configurations of `knobs` that are worth timing
 
     @abstractmethod
@@ -83,3 +84,7 @@ class ConvKernel(ABC, Generic[C]):
     @abstractmethod
     def prim_func(self, site: ConvSite, config: C, name: str) -> Any:
         """The TIR function. Raises ValueError without a fit."""
+
+    def specialised(self, site: ConvSite, config: C, name: str, weight: NDArray[np.float32]) -> Any:
+        """The TIR function for this weight: the one for any, but where `weight_in_code`."""
+        return self.prim_func(site, config, name)

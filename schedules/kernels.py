@@ -10,7 +10,7 @@ from typing import Any
 from topiarist.schedules.cpu.depthwise import Depthwise
 from topiarist.schedules.cpu.kernels import Block8Sparse, BlockSparse, DirectDense, DirectSparse
 from topiarist.schedules.cpu.winograd import WinogradDense
-from topiarist.schedules.cuda.kernels import CudaDense, CudaSparse
+from topiarist.schedules.cuda.kernels import CudaCompiled, CudaDense, CudaSparse, CudaTiled
 from topiarist.schedules.kernel import ConvKernel
 from topiarist.targets.spec import TargetSpec
 
@@ -22,7 +22,12 @@ CPU_KERNELS: tuple[ConvKernel[Any], ...] = (
     Depthwise(),
     WinogradDense(),
 )
-CUDA_KERNELS: tuple[ConvKernel[Any], ...] = (CudaSparse(), CudaDense())
+CUDA_KERNELS: tuple[ConvKernel[Any], ...] = (
+    CudaCompiled(),
+    CudaSparse(),
+    CudaDense(),
+    CudaTiled(),
+)
 CONV_KERNELS = (*CPU_KERNELS, *CUDA_KERNELS)
 
 

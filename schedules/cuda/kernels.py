@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topiarist.schedules.cpu.kernels import MAX_SPARSE_DENSITY
-from topiarist.schedules.cuda import direct, space
-from topiarist.schedules.cuda.direct import CudaConfig
+from topiarist.schedules.cuda import compiled, compiled_space, direct, space, tiled, tiled_space
+from topiarist.schedules.cuda.thread import CudaConfig, Loops, refuses_place
+from topiarist.schedules.cuda.tiled import TiledConfig, Tiles
 from topiarist.schedules.kernel import ConvKernel, ConvSite, Packed
 from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets.spec import TargetSpec
@@ -32,7 +33,7 @@ class CudaDense(ConvKernel[CudaConfig]):
 
     def fits(self, site: ConvSite, config: CudaConfig) -> bool:
         """Whether the configuration works between these layouts."""
-        return direct.refuses_place(site.workload, config, site.views) is None
+        return refuses_place(site.workload, config, site.views) is None
 
     def estimate_us(self, site: ConvSite, config: CudaConfig) -> float:
         """Instructions, loads and bytes."""
@@ -46,11 +47,51 @@ class CudaDense(ConvKernel[CudaConfig]):
         """One kernel, halo included."""
         return direct.make_prim_func(self._loops(site, config), name)
 
-    def _loops(self, site: ConvSite, config: CudaConfig) -> direct.Loops:
-        why = direct.refuses_place(site.workload, config, site.views)
+    def _loops(self, site: ConvSite, config: CudaConfig) -> Loops:
+        why = refuses_place(site.workload, config, site.views)
         if why is not None:
             raise ValueError(f"{config} does not fit: {why}")
-        return direct.Loops(site.workload, config, site.views, self.sparse)
+        return Loops(site.workload, config, site.views, self.sparse)
+
+
+class CudaTiled(ConvKernel[TiledConfig]):
+    """Dense convolution whose blocks of threads share weights and inputs in shared memory."""
+
+    name = "cuda_tiled"
+    sparse = False
+    tries = 8
+
+    def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
+        """Serves groups with enough output channels."""
+        if target.gpu is None:
+            return f"{target.name} is no GPU"
+        return tiled.refuses(workload)
+
+    def knobs(self, site: ConvSite) -> list[TiledConfig]:
+        """Tiles of a thread and of a block, taps in a step, teams."""
+        return tiled_space.configs(site)
+
+    def fits(self, site: ConvSite, config: TiledConfig) -> bool:
+        """Whether the configuration works between these layouts."""
+        return tiled.refuses_place(site.workload, config, site.views) is None
+
+    def estimate_us(self, site: ConvSite, config: TiledConfig) -> float:
+        """Instructions, loads from shared memory, barriers, bytes."""
+        return tiled_space.Estimator.of(site).us(config)
+
+    def pack(self, site: ConvSite, config: TiledConfig, weight: NDArray[np.float32]) -> Packed:
+        """values and offsets."""
+        return tiled.pack(self._tiles(site, config), weight)
+
+    def prim_func(self, site: ConvSite, config: TiledConfig, name: str) -> Any:
+        """One kernel, halo included."""
+        return tiled.make_prim_func(self._tiles(site, config), name)
+
+    def _tiles(self, site: ConvSite, config: TiledConfig) -> Tiles:
+        why = tiled.refuses_place(site.workload, config, site.views)
+        if why is not None:
+            raise ValueError(f"{config} does not fit: {why}")
+        return Tiles(site.workload, config, site.views)
 
 
 class CudaSparse(CudaDense):
@@ -64,3 +105,53 @@ class CudaSparse(CudaDense):
         if workload.sparsity.density > MAX_SPARSE_DENSITY:
             return f"density {workload.sparsity.density:.2f} is above {MAX_SPARSE_DENSITY}"
         return super().refuses(workload, target)
+
+
+class CudaCompiled(ConvKernel[CudaConfig]):
+    """Direct sparse convolution whose code holds the weights and where their inputs lie."""
+
+    name = "cuda_compiled"
+    sparse = True
+    weight_in_code = True
+    tries = 4  # each takes up to 20 s to compile
+
+    def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
+        """Serves any shape with few enough nonzeros."""
+        if target.gpu is None:
+            return f"{target.name} is no GPU"
+        if workload.sparsity.density > MAX_SPARSE_DENSITY:
+            return f"density {workload.sparsity.density:.2f} is above {MAX_SPARSE_DENSITY}"
+        return compiled.refuses(workload)
+
+    def knobs(self, site: ConvSite) -> list[CudaConfig]:
+        """Channels and pixels of a thread, threads, split columns."""
+        return compiled_space.configs(site)
+
+    def fits(self, site: ConvSite, config: CudaConfig) -> bool:
+        """Whether the configuration works between these layouts."""
+        return compiled.refuses_config(site.workload, config, site.views) is None
+
+    def estimate_us(self, site: ConvSite, config: CudaConfig) -> float:
+        """Instructions and their way to the multiprocessors, loads, bytes."""
+        return compiled_space.Estimator.of(site).us(config)
+
+    def pack(self, site: ConvSite, config: CudaConfig, weight: NDArray[np.float32]) -> Packed:
+        """Nothing: all is in the code."""
+        self._loops(site, config)
+        return ()
+
+    def prim_func(self, site: ConvSite, config: CudaConfig, name: str) -> Any:
+        """No code serves any weight."""
+        raise ValueError(f"{self.name} is made for one weight: ask for it as specialised")
+
+    def specialised(
+        self, site: ConvSite, config: CudaConfig, name: str, weight: NDArray[np.float32]
+    ) -> Any:
+        """One kernel, halo included."""
+        return compiled.make_prim_func(self._loops(site, config), name, weight)
+
+    def _loops(self, site: ConvSite, config: CudaConfig) -> Loops:
+        why = compiled.refuses_config(site.workload, config, site.views)
+        if why is not None:
+            raise ValueError(f"{config} does not fit: {why}")
+        return Loops(site.workload, config, site.views, sparse=True, adjacent=True)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from topiarist.schedules.cuda.direct import QUAD, CudaConfig, refuses_place
+from topiarist.schedules.cuda.thread import QUAD, CudaConfig, refuses_place
 from topiarist.schedules.kernel import ConvSite
 from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets.cuda import WARP
@@ -96,10 +96,15 @@ class Estimator:
         return inputs + weights + 1 + staging, c.pixels + weights + 1
 
     def _memory_us(self, config: CudaConfig) -> float:
-        w, views = self._workload, self.site.views
-        values = w.batch * (views.x.layout.size + views.y.layout.size)
-        weights = self.columns(config.channels) * (1 + 1 / config.channels) * w.out_channels
-        return 4 * (values + weights) / self.gpu.bandwidth_gbs / 1e3
+        weights = self.columns(config.channels) * (1 + 1 / config.channels)
+        return memory_us(self.site, self.gpu, 4 * weights * self._workload.out_channels)
+
+
+def memory_us(site: ConvSite, gpu: Gpu, weight_bytes: float) -> float:
+    """What moving the layer's values and weights once takes at the memory's bandwidth."""
+    views = site.views
+    values = site.workload.batch * (views.x.layout.size + views.y.layout.size)
+    return (4 * values + weight_bytes) / gpu.bandwidth_gbs / 1e3
 
 
 def configs(site: ConvSite, *, sparse: bool) -> list[CudaConfig]:

@@ -1,24 +1,25 @@
 """Layers of ResNet-50 on an NVIDIA GPU: what the assembler says of our kernels, and their times.
 
-    python -m tests.benchmarks.bench_cuda [--target cuda/sm_90] [--densities 0.2,0.1,0.05]
-        [--batches 1,8] [--log LOG] [--json FILE]
+    python -m tests.benchmarks.bench_cuda [--target cuda/sm_90] [--layers L1,L3]
+        [--densities 0.2,0.1,0.05] [--batches 1,8] [--log LOG] [--json FILE]
 
 Without a GPU the table has registers and spills of the kernels that the estimate prefers: static
-figures, which say nothing about speed. With one and PyTorch, the compiler times our kernels (all
-times go into the log), the one that it chooses is checked against PyTorch and timed against cuDNN,
-which PyTorch lets pick its algorithm by timing. Both sides are CUDA graphs of many calls, which
-take turns; so do copies of inputs and weights.
+figures, which say nothing about speed. With one, the compiler times the candidates of all our
+kernels (all times go into the log); the one that it chooses is checked and takes turns with TVM's
+own schedule of the dense layer (DLight) and, if PyTorch is there, with cuDNN. All are CUDA graphs
+of many calls, between events; copies of inputs and weights take turns, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,16 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import measure
+from tests.benchmarks import gpu_rivals, measure
 from tests.benchmarks.layers import RESNET50, graph_of, weights
-from topiarist.compiler.choose import Candidate, Chooser, Mode, Plan
+from topiarist.compiler.choose import Candidate, Choice, Chooser, Mode, Plan
+from topiarist.compiler.gpu_timer import Launches
 from topiarist.compiler.graph import Graph
 from topiarist.compiler.lower import lower
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Program
 from topiarist.compiler.recorded import Device, Recorded
+from topiarist.schedules.kernels import CUDA_KERNELS
 from topiarist.targets import nvrtc, registry
 from topiarist.targets.detect import runs_here
 from topiarist.targets.spec import TargetSpec
@@ -45,7 +48,7 @@ from topiarist.tuning_logs.sources import open_logs
 TOLERANCE = 1e-4
 CALLS = 20  # of a graph: launching it then costs nothing beside them
 ROUNDS = 30
-COPIES = 8
+DENSE = tuple(kernel.name for kernel in CUDA_KERNELS if not kernel.sparse)
 _KERNEL = re.compile(r"Compiling entry function '(\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes spill stores")
 _REGISTERS = re.compile(r"Used (\d+) registers")
@@ -81,19 +84,38 @@ class Static:
 
 @dataclass(frozen=True)
 class Measured:
-    """Microseconds of a call, medians; cuDNN in fp32 and with TF32."""
+    """Microseconds of a call, medians; None of what isn't installed, `floors` of what must be.
+
+    `kernels` has the best candidate of each of our kernels, timed alone.
+    """
 
     case: Case
     kernel: str
     error: float
     us: float
-    cudnn_us: float
-    cudnn_tf32_us: float
+    dlight_us: float
+    cudnn_us: float | None
+    cudnn_tf32_us: float | None
+    kernels: dict[str, float]
+    floors: dict[str, float]
 
     @property
     def speedup(self) -> float:
-        """Over cuDNN in fp32."""
-        return self.cudnn_us / self.us
+        """Over the best dense rival in fp32."""
+        return min(self.dlight_us, self.cudnn_us or self.dlight_us) / self.us
+
+
+def floors(case: Case, target: TargetSpec) -> dict[str, float]:
+    """Microseconds that the nonzeros' multiply-adds and the bytes of all values take at peak."""
+    size, gpu = RESNET50[case.layer], target.gpu
+    assert gpu is not None
+    nonzeros = int(np.count_nonzero(case.weight))
+    pixels = case.batch * size.size**2
+    values = pixels * (size.channels + size.filters) + nonzeros
+    return {
+        "multiply-adds": 2 * nonzeros * pixels / gpu.peak_gflops / 1e3,
+        "memory": 4 * values / gpu.bandwidth_gbs / 1e3,
+    }
 
 
 @dataclass(frozen=True)
@@ -108,7 +130,17 @@ class Chosen:
     @property
     def candidate(self) -> Candidate:
         """The chosen kernel."""
-        return self.plan.choices["layer"].chosen
+        return self._choice.chosen
+
+    @property
+    def kernels_us(self) -> dict[str, float]:
+        """The best time of each of our kernels."""
+        timed = sorted(self._choice.timed, key=lambda candidate: -candidate.run_us)
+        return {candidate.kernel: candidate.run_us for candidate in timed}
+
+    @property
+    def _choice(self) -> Choice:
+        return self.plan.choices["layer"]
 
 
 def choose(case: Case, target: TargetSpec, mode: Mode, recorded: Recorded | None = None) -> Chosen:
@@ -145,89 +177,75 @@ def static(case: Case, target: TargetSpec) -> Static:
 
 
 def measured(case: Case, target: TargetSpec, recorded: Recorded) -> Measured:
-    """Choose by time, check, and time against cuDNN."""
-    import torch
-
+    """Choose by time, check, and time against the dense rivals."""
     chosen = choose(case, target, "measure", recorded)
     x = np.random.default_rng(1).standard_normal(chosen.graph.values["x"].shape, np.float32)
-    size = RESNET50[case.layer]
-
-    def theirs(tf32: bool) -> Callable[[], Any]:
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = tf32
-        weight = torch.from_numpy(case.weight).cuda()
-        inputs = itertools.cycle([torch.from_numpy(x).cuda() for _ in range(COPIES)])
-        pad = size.kernel // 2
-        return lambda: torch.relu(torch.nn.functional.conv2d(next(inputs), weight, padding=pad))
-
-    ours, output = _ours(chosen, x)
-    torch.backends.cudnn.allow_tf32 = False
-    ours()
-    want = theirs(False)().cpu().numpy()
-    error = float(np.abs(output() - want).max() / np.abs(want).max())
+    timer = Launches(chosen.parts.device)
+    ours, rival = _ours(chosen, x), _dlight(case, chosen.parts, x)
+    error = float(np.abs(ours.output() - rival.output()).max() / np.abs(rival.output()).max())
     if error > TOLERANCE:
         raise SystemExit(f"{case}: {chosen.candidate} is wrong, relative error {error:.2g}")
-    graphs = [_captured(ours), *(_captured_theirs(theirs(tf32), tf32) for tf32 in (False, True))]
-    us = [1e6 * float(np.median(s)) for s in _in_turns(graphs)]
-    return Measured(case, str(chosen.candidate), error, *us)
+    with contextlib.ExitStack() as stack:
+        graphs = [stack.enter_context(run.captured(timer)) for run in (ours, rival)]
+        if gpu_rivals.has_cudnn():
+            launches = [gpu_rivals.cudnn_conv(x, case.weight, tf32=tf32) for tf32 in (False, True)]
+            graphs += [gpu_rivals.captured(launch, CALLS) for launch in launches]
+        rounds = [[seconds() for seconds in graphs] for _ in range(ROUNDS)]
+    us = [1e6 * float(median) for median in np.median(rounds, axis=0)]
+    cudnn = us[2:] or [None, None]
+    kernels = chosen.kernels_us
+    return Measured(
+        *(case, str(chosen.candidate), error, *us[:2], *cudnn, kernels, floors(case, target))
+    )
 
 
-def _ours(
-    chosen: Chosen, x: NDArray[np.float32]
-) -> tuple[Callable[[], None], Callable[[], NDArray[np.float32]]]:
-    """The layer's call on copies of its inputs in turn, and its output in NCHW."""
+@dataclass(frozen=True)
+class Run:
+    """A function with copies of its arguments that take turns; the last argument is written."""
+
+    function: Callable[..., None]
+    copies: list[list[Any]]
+    unpack: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+    def output(self) -> NDArray[np.float32]:
+        """What a call writes, in NCHW."""
+        self.function(*self.copies[0])
+        return self.unpack(self.copies[0][-1].numpy())
+
+    @contextlib.contextmanager
+    def captured(self, timer: Launches) -> Iterator[Callable[[], float]]:
+        """What launches a CUDA graph of many calls and returns the seconds of one."""
+        with timer.graph(self.function, itertools.cycle(self.copies), CALLS) as seconds:
+            yield lambda: seconds() / CALLS
+
+
+def _ours(chosen: Chosen, x: NDArray[np.float32]) -> Run:
+    """The layer's call in its layouts."""
     program, places = chosen.program, chosen.plan.layouts
     at = [call.layer for call in program.calls].index("layer")
-    call, device = program.calls[at], chosen.parts.device
+    call = program.calls[at]
     source, target = places.reads["layer"][0].view, places.places["y"].view
-    copies = []
-    for _ in range(COPIES):
-        args = [source.layout.pack(x)]
-        args += [program.params[arg] for arg in call.args if isinstance(arg, int)]
-        args.append(np.zeros(call.output.shape, np.float32))
-        copies.append([tvm.runtime.tensor(a, device) for a in args])
+    args = [source.layout.pack(x)]
+    args += [program.params[arg] for arg in call.args if isinstance(arg, int)]
+    args.append(np.zeros(call.output.shape, np.float32))
     function = chosen.parts.compiled([call.function])[call.function]
-    turns = itertools.cycle(copies)
-    return lambda: function(*next(turns)), lambda: target.layout.unpack(copies[0][-1].numpy())
+    return Run(function, _copies(args, chosen.parts), target.layout.unpack)
 
 
-def _captured(launch: Callable[[], Any]) -> Any:
-    """A CUDA graph of many calls; TVM is told to launch where PyTorch captures."""
-    import torch
-
-    device = tvm.cuda(0)
-    launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        device.set_raw_stream(torch.cuda.current_stream().cuda_stream)
-        for _ in range(CALLS):
-            launch()
-    device.set_raw_stream(0)
-    return graph
+def _dlight(case: Case, parts: Parts, x: NDArray[np.float32]) -> Run:
+    """The same layer, dense, as TVM schedules it."""
+    size, name = RESNET50[case.layer], "dlight"
+    pad = size.kernel // 2
+    padded = np.pad(x, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+    args = [padded, case.weight, np.zeros((case.batch, size.filters, *x.shape[2:]), np.float32)]
+    function = parts.function(
+        name, name, lambda name: gpu_rivals.dlight_conv(name, size, case.batch, parts.target)
+    )
+    return Run(parts.compiled([function])[function], _copies(args, parts), lambda y: y)
 
 
-def _captured_theirs(launch: Callable[[], Any], tf32: bool) -> Any:
-    import torch
-
-    torch.backends.cudnn.allow_tf32 = tf32
-    return _captured(launch)
-
-
-def _in_turns(graphs: list[Any]) -> NDArray[np.float64]:
-    """[graphs, rounds] seconds of a call, by events."""
-    import torch
-
-    seconds = np.empty((len(graphs), ROUNDS))
-    for turn in range(ROUNDS):
-        for i, graph in enumerate(graphs):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            seconds[i, turn] = start.elapsed_time(end) / 1e3 / CALLS
-    return seconds
+def _copies(args: list[NDArray[Any]], parts: Parts) -> list[list[Any]]:
+    return [[tvm.runtime.tensor(a, parts.device) for a in args] for _ in range(gpu_rivals.COPIES)]
 
 
 def state() -> str:
@@ -243,11 +261,11 @@ def geomean(values: list[float]) -> float:
     return float(np.exp(np.mean(np.log(values))))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """The table for this machine."""
-    opts, console = _options(), Console(width=120)
+    opts, console = _options(arguments), Console(width=140)
     target = registry.get(opts.target)
-    cases = [Case(*values) for values in itertools.product(RESNET50, opts.densities, opts.batches)]
+    cases = [Case(*v) for v in itertools.product(opts.layers, opts.densities, opts.batches)]
     missing = runs_here(target) or nvrtc.missing()
     result: dict[str, Any] = {"question": __doc__, **measure.setting(), "target": target.name}
     if missing:
@@ -260,31 +278,42 @@ def main() -> None:
             table.add_row(str(s.case), s.kernel, str(s.registers), str(s.spilled_bytes))
         result["static"] = [asdict(s) for s in found]
     else:
-        recorded = Recorded(open_logs(opts.log, target), Device.here(target, 1))
+        recorded = Recorded(open_logs(opts.log, target), Device.here(target, 1), adds=True)
         times = [measured(case, target, recorded) for case in cases]
-        table = Table("case", "kernel", "us", "cuDNN us", "cuDNN TF32 us", "over cuDNN")
-        for m in times:
-            us = (f"{v:.1f}" for v in (m.us, m.cudnn_us, m.cudnn_tf32_us))
-            table.add_row(str(m.case), m.kernel, *us, f"{m.speedup:.2f}x")
-        for density in opts.densities:
-            mean = geomean([m.speedup for m in times if m.case.density == density])
-            table.add_row(f"all at {density:.0%}", "", "", "", "", f"{mean:.2f}x")
+        table = _table(times)
         result |= {"gpu": state(), "measured": [asdict(m) for m in times]}
     console.print(table)
     if opts.json:
         opts.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
-def _options() -> argparse.Namespace:
+def _table(times: list[Measured]) -> Table:
+    """A row a case, and the geometric means of each density."""
+    head = ("case", "kernel", "us", "floor us", "our dense us", "DLight us", "cuDNN us", "TF32 us")
+    table = Table(*head, "over the best dense in fp32")
+    for m in times:
+        dense = min((m.kernels[k] for k in DENSE if k in m.kernels), default=None)
+        floor = max(m.floors.values())
+        us = (m.us, floor, dense, m.dlight_us, m.cudnn_us, m.cudnn_tf32_us)
+        texts = ("" if value is None else f"{value:.1f}" for value in us)
+        table.add_row(str(m.case), m.kernel, *texts, f"{m.speedup:.2f}x")
+    for density in sorted({m.case.density for m in times}, reverse=True):
+        mean = geomean([m.speedup for m in times if m.case.density == density])
+        table.add_row(f"all at {density:.0%}", *[""] * (len(head) - 1), f"{mean:.2f}x")
+    return table
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench_cuda")
     parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--target", default="cuda/sm_90")
+    parser.add_argument("--layers", type=lambda t: t.split(","), default=list(RESNET50))
     parser.add_argument("--densities", type=_numbers, default=[0.2, 0.1, 0.05])
     parser.add_argument("--batches", type=lambda t: [int(n) for n in _numbers(t)], default=[1, 8])
     parser.add_argument("--log", type=Path, default=Path("build/cuda.jsonl"))
     parser.add_argument("--json", type=Path, help="write all results here")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def _numbers(text: str) -> list[float]:

@@ -34,7 +34,7 @@ CORE_SUMS = 2  # multiply-adds of vectors that this machine's core starts in a c
 def measured_us(found: tuple[Any, ConvSite, Any], weight: layers.FloatArray, parts: Parts) -> float:
     """The least of several repeats."""
     kernel, site, config = found
-    name = parts.convolution(kernel, site, config)
+    name = parts.convolution(kernel, site, config, weight)
     constants = [*kernel.pack(site, config, weight), np.zeros(len(weight), np.float32)]
     args = [_buffer("x", site.views.x), *map(tvm.runtime.tensor, constants)]
     args.append(_buffer("y", site.views.y))

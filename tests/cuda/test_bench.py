@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.benchmarks import bench_cuda
-from tests.benchmarks.layers import RESNET50
+from tests.benchmarks import bench_cuda, gpu_rivals
+from tests.benchmarks.layers import Shape, weights
+from tests.cuda import emulation
 from tests.models import relative_error
 from tests.schedules.references import windows
+from topiarist.schedules.kernels import CUDA_KERNELS
 from topiarist.targets import nvrtc, registry
 
 TARGET = registry.get("cuda/sm_90")
@@ -41,23 +46,57 @@ def test_static_figures() -> None:
     assert 16 < found.registers < 255 and found.spilled_bytes == 0
 
 
-def run_ours(x: np.ndarray) -> np.ndarray:
-    """For the process with the GPU: the layer as it is timed."""
-    launch, output = bench_cuda._ours(bench_cuda.choose(CASE, TARGET, "estimate"), x)
-    launch()
-    return output()
+def run_bench(folder: Path) -> str:
+    """For the process with the GPU: the command, on a layer that the processor can stand."""
+    bench_cuda.RESNET50["tiny"] = Shape(8, 5, 16, 3)
+    bench_cuda.CALLS = bench_cuda.ROUNDS = 2
+    for kernel in CUDA_KERNELS:
+        type(kernel).tries = 1
+    options = f"--layers tiny --densities 0.2 --batches 2 --log {folder}/l.jsonl --json {folder}/j"
+    bench_cuda.main(options.split())
+    return (folder / "j").read_text()
 
 
-def test_what_is_timed_is_right(gpu: ProcessPoolExecutor) -> None:
-    """Against a float64 convolution."""
-    size = RESNET50[CASE.layer]
-    shape = 1, size.channels, size.size, size.size
-    x = np.random.default_rng(1).standard_normal(shape, np.float32)
+def test_the_command(gpu: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """It checks its results itself; all candidates are in the log."""
+    (found,) = json.loads(gpu.submit(run_bench, tmp_path).result())["measured"]
+    assert found["error"] < 1e-6 and found["us"] > 0 and found["dlight_us"] > 0
+    kernels = {kernel.name for kernel in CUDA_KERNELS}
+    assert {*found["kernels"]} == kernels
+    lines = (tmp_path / "l.jsonl").read_text().splitlines()
+    assert {json.loads(line)["kernel"] for line in lines} == kernels
+
+
+def test_a_rival_without_our_mistakes(gpu: ProcessPoolExecutor) -> None:
+    """What we are checked against agrees with a float64 convolution."""
+    size, case = Shape(6, 7, 8, 3), replace(CASE, batch=2)
+    x = np.random.default_rng(1).standard_normal((2, 6, 7, 7), np.float32)
+    weight = weights(size, "unstructured", 0.5)
     seen = windows(x, (3, 3), (1, 1), (1, 1, 1, 1))
-    want = np.einsum("ncyxij,ocij->noyx", seen, CASE.weight.astype(np.float64), optimize=True)
-    assert relative_error(gpu.submit(run_ours, x).result(), np.maximum(want, 0)) < 1e-5
+    want = np.einsum("ncyxij,ocij->noyx", seen, weight.astype(np.float64), optimize=True)
+    got = gpu.submit(run_dlight, size, case.batch, x, weight).result()
+    assert relative_error(got, np.maximum(want, 0)) < 1e-5
+
+
+def run_dlight(size: Shape, batch: int, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """For the process with the GPU."""
+    function = gpu_rivals.dlight_conv("rival", size, batch, TARGET)
+    padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    y = np.zeros((batch, size.filters, size.size, size.size), np.float32)
+    return emulation.run_all({"rival": function}, TARGET, {"rival": [padded, weight, y]})["rival"]
+
+
+def test_floors() -> None:
+    """L7 at 5 %: 52,429 nonzeros on 49 pixels."""
+    found = bench_cuda.floors(bench_cuda.Case("L7", 0.05, 1), TARGET)
+    assert TARGET.gpu is not None
+    assert found["multiply-adds"] == pytest.approx(
+        2 * 52429 * 49 / TARGET.gpu.peak_gflops / 1e3, rel=0.01
+    )
+    assert found["memory"] == pytest.approx(4 * (2560 * 49 + 52429) / 4800 / 1e3, rel=0.01)
 
 
 def test_speedups_are_averaged_as_ratios() -> None:
     assert bench_cuda.geomean([0.5, 2.0]) == pytest.approx(1.0)
-    assert bench_cuda.Measured(CASE, "k", 0.0, 2.0, 7.0, 3.0).speedup == 3.5
+    assert bench_cuda.Measured(CASE, "k", 0.0, 2.0, 9.0, 7.0, 3.0, {}, {}).speedup == 3.5
+    assert bench_cuda.Measured(CASE, "k", 0.0, 2.0, 9.0, None, None, {}, {}).speedup == 4.5

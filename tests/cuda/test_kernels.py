@@ -15,17 +15,18 @@ from tests.schedules import kernel_contract, references
 from tests.schedules.building import FloatArray, check_written, relative_error
 from tests.schedules.kernel_contract import CASES, PATTERNS, ConvCase, Problem
 from topiarist.pruning.patterns import find_pattern
-from topiarist.schedules.cuda.direct import CudaConfig
-from topiarist.schedules.cuda.kernels import CudaDense, CudaSparse
-from topiarist.schedules.kernel import ConvKernel, ConvSite
+from topiarist.schedules.cuda.kernels import CudaCompiled, CudaDense, CudaSparse, CudaTiled
+from topiarist.schedules.cuda.thread import CudaConfig
+from topiarist.schedules.cuda.tiled import TiledConfig
+from topiarist.schedules.kernel import ConvKernel, ConvSite, KernelConfig
 from topiarist.schedules.workload import signature
 from topiarist.targets import x86
 from topiarist.targets.cuda import PROFILES
 
 TARGET = PROFILES[-1]
-KERNELS: tuple[ConvKernel[Any], ...] = (CudaDense(), CudaSparse())
+KERNELS: tuple[ConvKernel[Any], ...] = (CudaDense(), CudaSparse(), CudaCompiled(), CudaTiled())
 # Each with what it needs: pixels that divide, rows that are split, chunks, quads.
-FORMS = (
+DIRECT_FORMS = (
     CudaConfig(1, 1, 32, 1),
     CudaConfig(8, 2, 32, 2),
     CudaConfig(2, 4, 32, 1, chunk=4),
@@ -33,6 +34,35 @@ FORMS = (
     CudaConfig(4, 4, 32, 1, quads=True),
     CudaConfig(2, 4, 32, 4, chunk=4, quads=True),
 )
+FORMS: dict[str, tuple[KernelConfig, ...]] = {
+    "cuda_dense": DIRECT_FORMS,
+    "cuda_sparse": DIRECT_FORMS,
+    "cuda_compiled": (
+        CudaConfig(1, 1, 32, 1),
+        CudaConfig(8, 2, 32, 2),
+        CudaConfig(4, 4, 64, 1),
+        CudaConfig(4, 1, 32, 8),
+    ),
+    # More pixels than threads, fewer, teams, more taps than there are.
+    "cuda_tiled": (
+        TiledConfig(4, 8, 4, 8, 8, 1),
+        TiledConfig(8, 4, 16, 8, 8, 2),
+        TiledConfig(4, 4, 2, 32, 16, 4),
+        TiledConfig(8, 8, 4, 16, 64, 1),
+    ),
+}
+LIMITS = {
+    "13 rows are no multiple of 4": (KERNELS[0], CudaConfig(1, 4, 32, 1)),
+    "four pixels at a time": (KERNELS[1], CudaConfig(1, 4, 32, 1, quads=True)),
+    "2048 threads": (KERNELS[0], CudaConfig(1, 1, 256, 8)),
+    "186368 bytes of shared memory": (KERNELS[1], CudaConfig(8, 13, 64, 8)),
+    "no quads": (KERNELS[2], CudaConfig(1, 4, 32, 1, quads=True)),
+    "no whole warps": (KERNELS[2], CudaConfig(1, 1, 48, 1)),
+    "4x2 sums are read in fours": (KERNELS[3], TiledConfig(4, 2, 4, 8, 8, 1)),
+    "can't share out 96 pixels": (KERNELS[3], TiledConfig(4, 4, 5, 24, 8, 1)),
+    "4096 threads": (KERNELS[3], TiledConfig(4, 4, 32, 32, 8, 4)),
+    "98304 bytes of shared memory": (KERNELS[3], TiledConfig(8, 8, 16, 8, 128, 1)),
+}
 FORM_CASES = {
     "even": ConvCase(channels=9, outputs=16, plane=(8, 6), batch=3, activation=(0.0, None)),
     "groups": ConvCase(groups=2, channels=10, outputs=16, plane=(12, 5), residual="operand"),
@@ -47,7 +77,7 @@ FORM_CASES = {
         outputs=16, groups=2, plane=(7, 3), kernel=(1, 1), padding=(0, 0, 0, 0), residual="operand"
     ),
 }
-Job = tuple[ConvKernel[Any], Problem, CudaConfig]
+Job = tuple[ConvKernel[Any], Problem, KernelConfig]
 
 
 def problem_of(case: ConvCase) -> Problem:
@@ -64,7 +94,7 @@ def run(jobs: dict[str, Job]) -> dict[str, FloatArray]:
     functions, calls = {}, {}
     for name, (kernel, problem, config) in jobs.items():
         site = site_of(problem)
-        functions[name] = kernel.prim_func(site, config, name)
+        functions[name] = kernel.specialised(site, config, name, problem.weight)
         calls[name] = kernel_contract.arguments(kernel, problem, config, site)
     return emulation.run_all(functions, TARGET, calls)
 
@@ -100,15 +130,16 @@ class TestKernels:
     def test_every_form(self, gpu: ProcessPoolExecutor, kernel: ConvKernel[Any]) -> None:
         """Split rows, staged chunks and quads, where they fit."""
         jobs: dict[str, Job] = {}
+        forms = FORMS[kernel.name]
         left_out = ["strided", "pointwise"] if kernel.sparse else ["groups", "pointwise_odd"]
         for name, case in FORM_CASES.items():
             if name in left_out:
                 continue
             problem = problem_of(case)
-            for i, config in enumerate(FORMS):
+            for i, config in enumerate(forms):
                 if kernel.fits(site_of(problem), config):
                     jobs[f"{name}_{i}"] = kernel, problem, config
-        assert {config for _, _, config in jobs.values()} == set(FORMS)
+        assert {config for _, _, config in jobs.values()} == set(forms)
         check(gpu, jobs)
 
     def test_patterns_of_zeros(self, gpu: ProcessPoolExecutor, kernel: ConvKernel[Any]) -> None:
@@ -134,45 +165,41 @@ class TestKernels:
         assert len(set(found)) == len(found)
         assert all(kernel.fits(site, config) for config in found)
 
-    def test_packs_every_nonzero_once(self, kernel: ConvKernel[Any]) -> None:
-        """What else the values hold is zero."""
-        problem = problem_of(CASES["groups_2"])
-        site = site_of(problem)
-        for config in kernel.knobs(site)[::20]:
-            values = kernel.pack(site, config, problem.weight)[0]
-            want = np.sort(problem.weight[problem.weight != 0])
-            assert np.array_equal(np.sort(values[values != 0]), want)
-
-    def test_what_does_not_fit_is_not_built(self, kernel: ConvKernel[Any]) -> None:
-        """`fits` says so, packing and generating raise."""
-        problem = problem_of(CASES["odd_outputs"])
-        site, config = site_of(problem), CudaConfig(4, 1, 32, 1)
-        assert not kernel.fits(site, config)
-        with pytest.raises(ValueError, match="does not fit: output channels"):
-            kernel.pack(site, config, problem.weight)
-        with pytest.raises(ValueError, match="does not fit: output channels"):
-            kernel.prim_func(site, config, "kernel")
-
-    @pytest.mark.parametrize(
-        ("config", "reason"),
-        [
-            (CudaConfig(1, 4, 32, 1), "13 rows are no multiple of 4"),
-            (CudaConfig(1, 4, 32, 1, quads=True), "four pixels at a time"),
-            (CudaConfig(1, 1, 256, 8), "2048 threads"),
-            (CudaConfig(8, 13, 64, 8), "186368 bytes of shared memory"),
-        ],
-    )
-    def test_limits(self, kernel: ConvKernel[Any], config: CudaConfig, reason: str) -> None:
-        """Of tiles and of a block's resources."""
-        problem = problem_of(CASES["density_0.3"])
-        with pytest.raises(ValueError, match=reason):
-            kernel.prim_func(site_of(problem), config, "kernel")
-
     def test_cpus_are_refused(self, kernel: ConvKernel[Any]) -> None:
         """With the target's name."""
-        workload = problem_of(CASES["density_0.3"]).workload
+        workload = problem_of(ConvCase(outputs=16)).workload
         assert kernel.refuses(workload, x86.PROFILES[0]) == "x86-avx512 is no GPU"
         assert kernel.refuses(workload, TARGET) is None
+
+
+@pytest.mark.parametrize("reason", LIMITS)
+def test_what_does_not_fit_is_not_built(reason: str) -> None:
+    """`fits` says so, packing and generating raise: limits of tiles and of a block's resources."""
+    problem = problem_of(CASES["density_0.3"])
+    kernel, config = LIMITS[reason]
+    assert not kernel.fits(site_of(problem), config)
+    with pytest.raises(ValueError, match=f"does not fit: .*{reason}"):
+        kernel.pack(site_of(problem), config, problem.weight)
+    with pytest.raises(ValueError, match=f"does not fit: .*{reason}"):
+        kernel.specialised(site_of(problem), config, "kernel", problem.weight)
+
+
+@pytest.mark.parametrize("kernel", KERNELS[:3], ids=lambda kernel: kernel.name)
+def test_channels_have_to_divide(kernel: ConvKernel[Any]) -> None:
+    problem = problem_of(CASES["odd_outputs"])
+    with pytest.raises(ValueError, match="output channels per group are no multiple of 4"):
+        kernel.pack(site_of(problem), CudaConfig(4, 1, 32, 1), problem.weight)
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS[:2], KERNELS[3]], ids=lambda kernel: kernel.name)
+def test_packs_every_nonzero_once(kernel: ConvKernel[Any]) -> None:
+    """What else the values hold is zero."""
+    problem = problem_of(CASES["groups_2"])
+    site = site_of(problem)
+    for config in kernel.knobs(site)[::20]:
+        values = kernel.pack(site, config, problem.weight)[0]
+        want = np.sort(problem.weight[problem.weight != 0])
+        assert np.array_equal(np.sort(values[values != 0]), want)
 
 
 def test_blocks_share_loads() -> None:
@@ -185,3 +212,9 @@ def test_blocks_share_loads() -> None:
         workload = replace(problem.workload, sparsity=sparsity)
         best[pattern] = CudaSparse().knobs(ConvSite(workload, problem.views, TARGET))[0].channels
     assert best["unstructured"] < best["block8x1"]
+
+
+def test_small_groups_fill_no_tile() -> None:
+    """Depthwise layers run on the direct kernel."""
+    why = CudaTiled().refuses(problem_of(CASES["depthwise"]).workload, TARGET)
+    assert why == "1 output channels in a group don't fill a tile of 16"

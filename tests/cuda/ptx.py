@@ -1,0 +1,56 @@
+"""Inline PTX as C++: the few instructions that kernels use, as NVIDIA's manual defines them."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+
+_ASM = re.compile(r'asm(?: volatile)?\(\s*((?:"[^"]*"\s*)+):([^:;]*)(?::([^:;]*))?\);')
+_OPERAND = re.compile(r'"[^"]+"\((.*?)\)(?=,\s*"|\s*$)')
+_IMMEDIATE = re.compile(r"\b0f([0-9a-fA-F]{8})\b")
+_TYPES = {"f32": "float", "b64": "const char*"}
+# What an instruction does, with its operands by number.
+_INSTRUCTIONS = {
+    "cvta.to.global.u64": "{0} = (const char*)({1});",
+    "ld.global.nc.f32": "{0} = *(const float*)({1});",
+    "fma.rn.f32": "{0} = __builtin_fmaf({1}, {2}, {3});",
+}
+
+
+def in_c(source: str) -> str:
+    """CUDA source with every asm statement as a block of C++."""
+    return _ASM.sub(_statement, source)
+
+
+def _statement(asm: re.Match[str]) -> str:
+    text = "".join(re.findall('"([^"]*)"', asm[1]))
+    operands = [_OPERAND.findall(part.strip()) for part in (asm[2], asm[3] or "")]
+    return "{" + "\n".join(_lines(text, [*operands[0], *operands[1]])) + "}"
+
+
+def _lines(text: str, operands: list[str]) -> Iterator[str]:
+    """An instruction a line."""
+    text = text.strip().removeprefix("{").removesuffix("}")
+    for instruction in filter(None, (part.strip() for part in text.split(";"))):
+        name, *rest = instruction.split(None, 1)
+        if name == ".reg":
+            kind, variable = rest[0].split()
+            yield f"{_TYPES[kind.removeprefix('.')]} {variable};"
+            continue
+        if name not in _INSTRUCTIONS:
+            raise ValueError(f"PTX that the emulation doesn't know: {instruction}")
+        values = [_value(value.strip(), operands) for value in rest[0].split(",")]
+        yield _INSTRUCTIONS[name].format(*values)
+
+
+def _value(text: str, operands: list[str]) -> str:
+    """A register, an operand of the statement, an address or a number."""
+    text = text.removeprefix("[").removesuffix("]")
+    text = re.sub(r"%(\d+)", lambda operand: operands[int(operand[1])], text)
+    return _IMMEDIATE.sub(lambda bits: _float(bits[1]), text)
+
+
+def _float(bits: str) -> str:
+    (value,) = struct.unpack(">f", bytes.fromhex(bits))
+    return f"{value.hex()}f"
