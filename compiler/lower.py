@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from topiarist.compiler.graph import (
     Affine,
     Concat,
     Conv,
+    DynamicConv,
     GlobalPool,
     Graph,
     Linear,
@@ -38,7 +39,8 @@ from topiarist.compiler.layouts import Place
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Call, Program, Ref
 from topiarist.errors import ModelError
-from topiarist.schedules.cpu import pooling, relayout
+from topiarist.schedules.cpu import mix, pooling, relayout
+from topiarist.schedules.kernel import ConvSite
 from topiarist.schedules.kernels import conv_kernel
 from topiarist.schedules.layout import PlainLayout
 from topiarist.schedules.layout import View as ChannelView
@@ -76,6 +78,7 @@ class _Lowering:
     def _emit(self, node: Node) -> None:
         emitters: dict[type[Node], Callable[[Any], None]] = {
             Conv: self._conv,
+            DynamicConv: self._conv,
             Linear: self._linear,
             Pool: self._pool,
             Subsample: self._subsample,
@@ -155,13 +158,40 @@ class _Lowering:
         views = conv_views(node, self.plan.layouts)
         site = self.parts.site(self.plan.workloads[node.name], views)
         name = self._use(self.parts.convolution(kernel, site, config))
-        (_, x), *residual = self._reads(node)
+        reads = self._reads(node)
+        residual = reads[node.residual_at :]
         packed = self.parts.constants(
             (node.name, kernel.name, config, views),
             lambda: kernel.pack(site, config, node.weight),
         )
+        values: Ref | NDArray[Any] = packed[0]
+        if isinstance(node, DynamicConv):
+            values = self._mixed(node, site, config, packed)
         refs = [] if views.in_place else [ref for _, ref in residual]
-        self._call(node.name, name, x, *packed, node.bias, *refs, self._writes(node)[1])
+        y = self._writes(node)[1]
+        self._call(node.name, name, reads[0][1], values, *packed[1:], node.bias, *refs, y)
+
+    def _mixed(
+        self, node: DynamicConv, site: ConvSite, config: Any, packed: Sequence[NDArray[Any]]
+    ) -> Ref:
+        """Mix the kernels of all images, in the convolution's order of their values."""
+        values, _, starts, order = packed
+        support = mix.support_of(node.experts)
+        (experts,) = self.parts.constants(
+            (node.name, "mix", config, site.views),
+            lambda: [mix.pack_experts(site, config, node.experts, support)],
+        )
+        shape = mix.MixShape.of(site, config, len(node.experts), support)
+        lanes = self.parts.target.lanes
+        name = self._function(
+            ("mix", shape, lanes),
+            "mix",
+            lambda name: mix.mix_prim_func(name, shape, lanes, self.threads),
+        )
+        mixed = Ref(f"{node.output}@kernels", values.shape)
+        shares = self._reads(node)[1][1]
+        self._call(f"{node.name}.mix", name, shares, experts, starts, order, mixed)
+        return mixed
 
     def _linear(self, node: Linear) -> None:
         choice = self.plan.choices[node.name].chosen

@@ -14,6 +14,7 @@ from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets.spec import TargetSpec
 
 Packed = tuple[NDArray[np.generic], ...]
+CONSTANT_ONLY = "its weights are no constants"  # why most kernels refuse a dynamic layer
 
 
 @dataclass(frozen=True)

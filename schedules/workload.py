@@ -44,6 +44,7 @@ class ConvWorkload:
     Shapes: x [batch, in_channels, height, width], weight [out_channels, in_channels / groups,
     *kernel], y [batch, out_channels, out_height, out_width]. `padding` is top, left, bottom,
     right. `activation` is (low, high) of the clamp after bias and residual, None for unbounded.
+    A `dynamic` layer has weights that are computed at run time, for each image its own.
     """
 
     batch: int
@@ -60,6 +61,7 @@ class ConvWorkload:
     activation: tuple[float | None, float | None] = (None, None)
     residual: bool = False
     dtype: str = field(default="float32")
+    dynamic: bool = False
 
     @property
     def out_height(self) -> int:
@@ -81,8 +83,11 @@ class ConvWorkload:
         return self.kernel == (1, 1) and not any(self.padding)
 
     def to_json(self) -> dict[str, Any]:
-        """All fields as plain JSON values."""
-        return {**vars(self), "sparsity": dict(vars(self.sparsity))}
+        """All fields as plain JSON values; `dynamic` where it is true, as older records lack it."""
+        values = {**vars(self), "sparsity": dict(vars(self.sparsity))}
+        if not self.dynamic:
+            del values["dynamic"]
+        return values
 
     @property
     def key(self) -> str:

@@ -182,6 +182,11 @@ class _Kernel:
         return -(-self.group_in // self.config.in_block)
 
     @property
+    def images(self) -> int:
+        """How many have weights of their own, one after the other; constant ones are for all."""
+        return self.workload.batch if self.workload.dynamic else 1
+
+    @property
     def tile_count(self) -> int:
         return self.workload.batch * self.geometry.tiles[0] * self.geometry.tiles[1]
 
@@ -332,6 +337,7 @@ def _sparse_body(k: _Kernel, ops: _Operands, weight: _Csr) -> Callable[[Any, Any
     """The loops inside a tile of the sparse form."""
     block = k.config.out_block
     visits = k.group_out // block
+    all_visits = k.workload.groups * k.in_blocks * visits
     chunk = visits // k.splits()
     x_stride, y_stride = k.views.x.layout.channel_stride, k.views.y.layout.channel_stride
     index = "int64" if k.core.opaque_base else "int32"
@@ -356,10 +362,11 @@ def _sparse_body(k: _Kernel, ops: _Operands, weight: _Csr) -> Callable[[Any, Any
                     if k.workload.pointwise and k.group_out > k.group_in:
                         k.fetch(ops.y, y_base + group * k.group_out * y_stride, weight.order, visit)
                     begin = T.bind(weight.starts[visit])
+                    values = begin if k.images == 1 else T.bind(begin + image * weight.starts[all_visits])
                     weight.fetch(begin + NONZEROS_AHEAD, block)
                     with T.serial(0, weight.starts[visit + 1] - begin) as j:
                         tap = x_block + T.cast(weight.offsets[begin + j], index) * k.lanes
-                        k.multiply(sums, (weight.values, (begin + j) * block), (ops.x, tap))
+                        k.multiply(sums, (weight.values, (values + j) * block), (ops.x, tap))
                     for a in range(block):
                         k.store(ops.y, at[a], sums[a], last)
 
@@ -393,20 +400,40 @@ def sparse_prim_func(k: _Kernel, name: str) -> Any:
 
 
 def pack_sparse(k: _Kernel, weight: FloatArray) -> tuple[NDArray[Any], ...] | None:
-    """values, offsets, starts, order of the weight [O, C / groups, kh, kw].
+    """values, offsets, starts, order of the weight [O, C / groups, kh, kw]; see `in_visits`.
+
+    A dynamic layer has values for each image. None where an offset needs more than 16 bits.
+    """
+    values, offsets, starts, order = in_visits(k, weight)
+    if offsets.size and offsets.max() >= MAX_OFFSET:
+        return None
+    # One value of padding keeps an empty weight's buffers non-empty.
+    return (
+        np.append(np.tile(values, k.images), 0).astype(np.float32),
+        np.append(offsets, 0).astype(np.uint16),
+        starts.astype(np.int32),
+        order.astype(np.uint16),
+    )
+
+
+def in_visits(k: _Kernel, weight: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+    """values, offsets, starts, order of a weight of any dtype, for one image.
 
     A visit works on `out_block` neighbouring output channels in a block of input channels, on the
     union of their nonzeros. Visits come in the order group, block of input channels, number of
     nonzeros: neighbours of one length make the ends of their loops predictable. `order` holds
-    their first channels within the group. None where an offset needs more than 16 bits.
+    their first channels within the group. In a dynamic layer what one position of the window has
+    lies together, because it is mixed from the same experts.
     """
     block = k.config.out_block
     stride, lanes = k.views.x.layout.channel_stride, k.lanes
     taps = k.geometry.taps[None] + np.arange(k.group_in)[:, None, None] * stride
     values, offsets, counts, orders = [], [], [np.zeros(1, np.int64)], []
     for part, first, count in _row_blocks(k):
-        at = (taps[first : first + count] - first * stride).ravel()
-        dense = weight[part, first : first + count].reshape(-1, block, len(at))
+        axes = (1, 2, 0) if k.workload.dynamic else (0, 1, 2)
+        at = (taps[first : first + count] - first * stride).transpose(axes).ravel()
+        dense = weight[part, first : first + count]
+        dense = dense.transpose(0, *(axis + 1 for axis in axes)).reshape(-1, block, len(at))
         kept = (dense != 0).any(1)
         order = _by_length(kept.sum(1), k.splits())
         visit, col = np.nonzero(kept[order])
@@ -415,16 +442,7 @@ def pack_sparse(k: _Kernel, weight: FloatArray) -> tuple[NDArray[Any], ...] | No
         counts.append(kept[order].sum(1))
         orders.append(order * block)
     starts = np.cumsum(np.concatenate(counts))
-    flat = np.concatenate(offsets)
-    if flat.size and flat.max() >= MAX_OFFSET:
-        return None
-    # One value of padding keeps an empty weight's buffers non-empty.
-    return (
-        np.append(np.concatenate(values), 0).astype(np.float32),
-        np.append(flat, 0).astype(np.uint16),
-        starts.astype(np.int32),
-        np.concatenate(orders).astype(np.uint16),
-    )
+    return np.concatenate(values), np.concatenate(offsets), starts, np.concatenate(orders)
 
 
 def _by_length(lengths: NDArray[np.int64], splits: int) -> NDArray[np.int64]:

@@ -21,7 +21,13 @@ from topiarist.schedules.cpu import emit
 from topiarist.schedules.cpu.ahead import Ahead
 from topiarist.schedules.cpu.core import Core, core_of
 from topiarist.schedules.cpu.direct import refuses_views
-from topiarist.schedules.kernel import ConvKernel, ConvSite, KernelConfig, Packed
+from topiarist.schedules.kernel import (
+    CONSTANT_ONLY,
+    ConvKernel,
+    ConvSite,
+    KernelConfig,
+    Packed,
+)
 from topiarist.schedules.layout import View
 from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets.spec import TargetSpec
@@ -345,6 +351,8 @@ class WinogradDense(ConvKernel[WinogradConfig]):
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
         """Serves 3x3 windows of stride 1 without groups or dilation."""
+        if workload.dynamic:
+            return CONSTANT_ONLY
         if workload.kernel != (TAPS, TAPS):
             return f"window {workload.kernel[0]}x{workload.kernel[1]} is not 3x3"
         if workload.strides != (1, 1) or workload.dilation != (1, 1):
