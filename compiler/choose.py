@@ -147,7 +147,7 @@ def workload_of(node: Conv, graph: Graph) -> ConvWorkload:
         sparsity=signature(node.weight, pattern),
         activation=(None, None) if act is None else (act.low, act.high),
         residual=node.residual is not None,
-        dynamic=isinstance(node, DynamicConv),
+        mixture=node.mixture if isinstance(node, DynamicConv) else None,
     )
 
 
@@ -331,7 +331,7 @@ class Chooser:
         """The kernels that take the layer, and why the others don't."""
         usable, refusals = [], []
         for kernel in kernels_for(self.target):
-            if self.dense and kernel.sparse and not site.workload.dynamic:
+            if self.dense and kernel.sparse and not site.workload.scattered:
                 continue
             refusal = kernel.refuses(site.workload, self.target)
             if refusal is None:

@@ -18,7 +18,6 @@ import numpy as np
 
 from topiarist.compiler.graph import Conv, DynamicConv, Graph, Node, Opaque, View
 from topiarist.compiler.relax_calls import operator_of
-from topiarist.schedules.cpu.mix import support_of
 
 
 def find_dynamic(graph: Graph) -> Graph:
@@ -91,7 +90,7 @@ def _made(conv: Conv, shares: str, experts: int, last: Node) -> DynamicConv:
         name=conv.name,
         inputs=(*conv.inputs, shares),
         output=last.output,
-        weight=support_of(kernels).weight,
+        weight=(kernels != 0).any(axis=0).astype(np.float32),
         bias=np.zeros(kernels.shape[1], np.float32),
         strides=conv.strides,
         padding=conv.padding,

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from topiarist.schedules.workload import Mixture
+
 FloatArray = NDArray[np.float32]
 
 
@@ -76,6 +78,13 @@ class DynamicConv(Conv):
     experts: FloatArray  # [P, O, I, kh, kw]
 
     residual_at: ClassVar[int] = 2
+
+    @property
+    def mixture(self) -> Mixture:
+        """Which experts have weights at each position of the window."""
+        masks = (self.experts != 0).any(axis=(1, 2)).reshape(len(self.experts), -1)
+        holders = tuple(tuple(np.flatnonzero(at).tolist()) for at in masks.T)
+        return Mixture(len(self.experts), holders)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

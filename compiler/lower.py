@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -160,37 +162,45 @@ class _Lowering:
         name = self._use(self.parts.convolution(kernel, site, config))
         reads = self._reads(node)
         residual = reads[node.residual_at :]
-        packed = self.parts.constants(
-            (node.name, kernel.name, config, views),
-            lambda: kernel.pack(site, config, node.weight),
-        )
-        values: Ref | NDArray[Any] = packed[0]
+        weight = node.weight
+        if isinstance(node, DynamicConv) and not kernel.sparse:
+            weight = node.experts
+        packed: list[Ref | NDArray[Any]] = [
+            *self.parts.constants(
+                (node.name, kernel.name, config, views), lambda: kernel.pack(site, config, weight)
+            )
+        ]
         if isinstance(node, DynamicConv):
-            values = self._mixed(node, site, config, packed)
+            shares = reads[1][1]
+            packed[kernel.varying] = (
+                self._mixed(node, site, config, packed, shares) if kernel.sparse else _flat(shares)
+            )
         refs = [] if views.in_place else [ref for _, ref in residual]
         y = self._writes(node)[1]
-        self._call(node.name, name, reads[0][1], values, *packed[1:], node.bias, *refs, y)
+        self._call(node.name, name, reads[0][1], *packed, node.bias, *refs, y)
 
     def _mixed(
-        self, node: DynamicConv, site: ConvSite, config: Any, packed: Sequence[NDArray[Any]]
+        self,
+        node: DynamicConv,
+        site: ConvSite,
+        config: Any,
+        packed: Sequence[Any],
+        shares: Ref,
     ) -> Ref:
-        """Mix the kernels of all images, in the convolution's order of their values."""
+        """Mix the nonzeros of all images, in the convolution's order."""
         values, _, starts, order = packed
-        support = mix.support_of(node.experts)
         (experts,) = self.parts.constants(
             (node.name, "mix", config, site.views),
-            lambda: [mix.pack_experts(site, config, node.experts, support)],
+            lambda: [mix.pack_experts(site, config, node.experts, node.weight)],
         )
-        shape = mix.MixShape.of(site, config, len(node.experts), support)
-        lanes = self.parts.target.lanes
+        shape, lanes = mix.MixShape.of(site, config, len(node.experts)), self.parts.target.lanes
         name = self._function(
             ("mix", shape, lanes),
             "mix",
             lambda name: mix.mix_prim_func(name, shape, lanes, self.threads),
         )
         mixed = Ref(f"{node.output}@kernels", values.shape)
-        shares = self._reads(node)[1][1]
-        self._call(f"{node.name}.mix", name, shares, experts, starts, order, mixed)
+        self._call(node.name, name, _flat(shares), experts, starts, order, mixed)
         return mixed
 
     def _linear(self, node: Linear) -> None:
@@ -414,6 +424,10 @@ class _Lowering:
         )
         self._call(f"{ref.buffer} copied", name, Ref(ref.buffer, (size,)), Ref(buffer, (size,)))
         return Ref(buffer, ref.shape)
+
+
+def _flat(ref: Ref) -> Ref:
+    return replace(ref, shape=(math.prod(ref.shape),))
 
 
 def _in_step(source: ChannelView | PlainLayout, to: ChannelView, strides: tuple[int, int]) -> bool:

@@ -14,7 +14,7 @@ from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets.spec import TargetSpec
 
 Packed = tuple[NDArray[np.generic], ...]
-CONSTANT_ONLY = "its weights are no constants"  # why most kernels refuse a dynamic layer
+CONSTANT_ONLY = "its weights are no constants"  # why most kernels refuse a mixture
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,14 @@ class ConvKernel(ABC, Generic[C]):
     """A convolution kernel; `C` is its configuration.
 
     Its function takes (x, *constants, bias[, residual], y): flat fp32 buffers, but for the
-    constants, which are as `pack` makes them.
+    constants, which are as `pack` makes them. Of a mixture one of them is not constant in a
+    network: `varying` is its place.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1  # raised when old measurements no longer hold
     sparse: ClassVar[bool]
+    varying: ClassVar[int] = 0
     tries: ClassVar[int] = 6  # configurations of `knobs` that are worth timing
 
     @abstractmethod

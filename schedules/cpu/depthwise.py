@@ -49,7 +49,7 @@ class Depthwise(ConvKernel[DepthwiseConfig]):
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
         """Serves one input channel per group, with taps."""
-        if workload.dynamic:
+        if workload.mixture is not None:
             return CONSTANT_ONLY
         if workload.groups != workload.in_channels:
             return f"{workload.in_channels} input channels in {workload.groups} groups"

@@ -184,7 +184,7 @@ class _Kernel:
     @property
     def images(self) -> int:
         """How many have weights of their own, one after the other; constant ones are for all."""
-        return self.workload.batch if self.workload.dynamic else 1
+        return 1 if self.workload.mixture is None else self.workload.batch
 
     @property
     def tile_count(self) -> int:
@@ -236,13 +236,13 @@ class _Kernel:
         """What a tile of one channel starts with: bias, plus the residual."""
         start = emit.splat(ops.bias[channel], self.lanes)
         if self.views.in_place:
-            return [start + value for value in self._so_far(ops.y, at)]
+            return [start + value for value in self.so_far(ops.y, at)]
         residual = self._residual(ops, where, channel)
         return [start + value for value in residual] or [start] * self.vectors
 
     def load(self, ops: _Operands, at: Any, where: _Where, channel: Any, first: bool) -> list[Any]:
         """Accumulators of a tile of one channel: its initial values, or the sum so far."""
-        values = self.initial(ops, at, where, channel) if first else self._so_far(ops.y, at)
+        values = self.initial(ops, at, where, channel) if first else self.so_far(ops.y, at)
         sums = emit.accumulators(self.vectors, self.lanes)
         for total, value in zip(sums, values, strict=True):
             emit.assign(total, value)
@@ -253,7 +253,7 @@ class _Kernel:
         """Vectors of a tile of one channel."""
         return self.config.rows * self.config.cols
 
-    def _so_far(self, y: Any, at: Any) -> list[Any]:
+    def so_far(self, y: Any, at: Any) -> list[Any]:
         return [y[emit.ramp(at + step, self.lanes)] for step in self.steps(self.geometry.y)]
 
     def _residual(self, ops: _Operands, where: _Where, channel: Any) -> list[Any]:
@@ -362,7 +362,9 @@ def _sparse_body(k: _Kernel, ops: _Operands, weight: _Csr) -> Callable[[Any, Any
                     if k.workload.pointwise and k.group_out > k.group_in:
                         k.fetch(ops.y, y_base + group * k.group_out * y_stride, weight.order, visit)
                     begin = T.bind(weight.starts[visit])
-                    values = begin if k.images == 1 else T.bind(begin + image * weight.starts[all_visits])
+                    values = begin
+                    if k.images > 1:
+                        values = T.bind(begin + image * weight.starts[all_visits])
                     weight.fetch(begin + NONZEROS_AHEAD, block)
                     with T.serial(0, weight.starts[visit + 1] - begin) as j:
                         tap = x_block + T.cast(weight.offsets[begin + j], index) * k.lanes
@@ -402,7 +404,7 @@ def sparse_prim_func(k: _Kernel, name: str) -> Any:
 def pack_sparse(k: _Kernel, weight: FloatArray) -> tuple[NDArray[Any], ...] | None:
     """values, offsets, starts, order of the weight [O, C / groups, kh, kw]; see `in_visits`.
 
-    A dynamic layer has values for each image. None where an offset needs more than 16 bits.
+    A mixture has values for each image. None where an offset needs more than 16 bits.
     """
     values, offsets, starts, order = in_visits(k, weight)
     if offsets.size and offsets.max() >= MAX_OFFSET:
@@ -422,18 +424,15 @@ def in_visits(k: _Kernel, weight: NDArray[Any]) -> tuple[NDArray[Any], ...]:
     A visit works on `out_block` neighbouring output channels in a block of input channels, on the
     union of their nonzeros. Visits come in the order group, block of input channels, number of
     nonzeros: neighbours of one length make the ends of their loops predictable. `order` holds
-    their first channels within the group. In a dynamic layer what one position of the window has
-    lies together, because it is mixed from the same experts.
+    their first channels within the group.
     """
     block = k.config.out_block
     stride, lanes = k.views.x.layout.channel_stride, k.lanes
     taps = k.geometry.taps[None] + np.arange(k.group_in)[:, None, None] * stride
     values, offsets, counts, orders = [], [], [np.zeros(1, np.int64)], []
     for part, first, count in _row_blocks(k):
-        axes = (1, 2, 0) if k.workload.dynamic else (0, 1, 2)
-        at = (taps[first : first + count] - first * stride).transpose(axes).ravel()
-        dense = weight[part, first : first + count]
-        dense = dense.transpose(0, *(axis + 1 for axis in axes)).reshape(-1, block, len(at))
+        at = (taps[first : first + count] - first * stride).ravel()
+        dense = weight[part, first : first + count].reshape(-1, block, len(at))
         kept = (dense != 0).any(1)
         order = _by_length(kept.sum(1), k.splits())
         visit, col = np.nonzero(kept[order])

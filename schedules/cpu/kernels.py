@@ -42,8 +42,10 @@ class DirectSparse(_Direct):
     sparse = True
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
-        """Serves any shape; pays only where zeros are many, or weights are no constants."""
-        if not workload.dynamic and workload.sparsity.density > MAX_SPARSE_DENSITY:
+        """Serves any shape; pays only where zeros are many."""
+        if workload.mixture is not None:
+            return None if workload.scattered else "experts have whole positions of the window"
+        if workload.sparsity.density > MAX_SPARSE_DENSITY:
             return f"density {workload.sparsity.density:.2f} is above {MAX_SPARSE_DENSITY}"
         return None
 
@@ -94,7 +96,7 @@ class Block8Sparse(BlockSparse):
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
         """Serves weights whose zeros come in such blocks, where registers hold several vectors."""
         why = super().refuses(workload, target)
-        if why is None and not workload.dynamic and workload.sparsity.pattern != "block8x1":
+        if why is None and workload.sparsity.pattern != "block8x1":
             why = f"the zeros are {workload.sparsity.pattern}, not block8x1"
         if why is None and target.registers < 32:
             why = f"{target.registers} registers hold a single vector of 8 output channels"
@@ -111,7 +113,7 @@ class DirectDense(_Direct):
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
         """Serves every convolution with constant weights."""
-        return CONSTANT_ONLY if workload.dynamic else None
+        return None if workload.mixture is None else CONSTANT_ONLY
 
     def knobs(self, site: ConvSite) -> list[DirectConfig]:
         """Tiles of vectors by output channels, blocks of input channels, order of the loops."""

@@ -351,7 +351,7 @@ class WinogradDense(ConvKernel[WinogradConfig]):
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
         """Serves 3x3 windows of stride 1 without groups or dilation."""
-        if workload.dynamic:
+        if workload.mixture is not None:
             return CONSTANT_ONLY
         if workload.kernel != (TAPS, TAPS):
             return f"window {workload.kernel[0]}x{workload.kernel[1]} is not 3x3"
