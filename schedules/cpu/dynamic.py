@@ -2,14 +2,14 @@
 
     y[n, o] = sum_p shares[n, p, o] * conv(x[n], experts[p, o])
 
-Only the positions of the window that some expert has cost anything. There are two forms, both
-with every block of weights outside and all tiles of the picture inside:
+Only the positions of the window that some expert has cost anything. There are two forms:
 
 - *mixed*: the sum of the experts first, then one convolution with it. A panel, the kernel of a
-  block of output channels over a block of input channels, is mixed right before it is used, in
-  the first-level cache, from experts that were asked for while the panel before was used. The
-  mixed kernel never gets to memory. Costs the union of the masks for each pixel, and reading
-  their sum for each image.
+  block of output channels over a block of input channels, is mixed right before all tiles of the
+  picture use it, in the first-level cache, from experts that were asked for while the panel before
+  was used; so the mixed kernel never gets to memory. Where pictures are large and kernels small,
+  all panels are mixed first, and each tile meets them all. Costs the union of the masks for each
+  pixel, and reading their sum for each image.
 - *shared*: one convolution after the other, each scaled where it is added to the output. Costs
   the sum of the masks for each pixel; a batch reads the weights once.
 """
@@ -35,16 +35,20 @@ FloatArray = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class DynamicConfig(KernelConfig):
-    """Vectors of a tile, output channels of a tile, input channels of a block; the form."""
+    """Vectors of a tile, output channels of a tile, input channels of a block; the form.
+
+    With `tiles_outside` (mixed form) all panels are mixed before the first tile.
+    """
 
     rows: int
     cols: int
     out_block: int
     in_block: int
     shared: bool = False
+    tiles_outside: bool = False
 
     def __str__(self) -> str:
-        form = "shared" if self.shared else "mixed"
+        form = "shared" if self.shared else "tiles outside" if self.tiles_outside else "mixed"
         return f"{self.rows}x{self.cols}x{self.out_block}/{self.in_block} {form}"
 
     @property
@@ -127,6 +131,25 @@ def _spread(weight: FloatArray, mixture: Mixture) -> FloatArray:
 
 
 @dataclass(frozen=True)
+class _Requests:
+    """What to ask for during a turn."""
+
+    ahead: Ahead
+    experts: Any
+    panel: Any
+    turn: Any
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """An expert, its positions, and all shares."""
+
+    expert: int
+    positions: tuple[int, ...]
+    shares: Any
+
+
+@dataclass(frozen=True)
 class Loops:
     """The code of a layer."""
 
@@ -150,6 +173,11 @@ class Loops:
     @property
     def out_blocks(self) -> int:
         return self.k.workload.out_channels // self.config.out_block
+
+    @property
+    def panel(self) -> int:
+        """Weights of one position, or of one of its experts, in a panel."""
+        return self.config.in_block * self.config.out_block
 
     @property
     def tiles(self) -> int:
@@ -177,112 +205,152 @@ class Loops:
         return builder.get()
 
     def _mixed(self, ops: direct._Operands, experts: Any, shares: Any) -> None:
-        size, terms = self.config.in_block * self.config.out_block, self.terms
+        """Each panel meets all tiles, or all panels are mixed first and each tile meets them all."""
+        outside = self.config.tiles_outside
+        blocks, size = self.out_blocks, len(self.terms.positions) * self.panel
         with T.serial(0, self.k.workload.batch) as image:
+            if outside:
+                panels = T.alloc_buffer((max(1, self.k.in_blocks * blocks * size),), "float32")
+                with emit.loop(self.k.in_blocks * blocks, self.k.threads) as number:
+                    self._mix((panels, number * size), experts, shares, image, number)
+                with emit.loop(self.tiles, self.k.threads) as tile:
+                    where = self._where(image, tile)
+
+                    def tile_block(q: Any, first: bool, last: bool) -> None:
+                        with T.serial(0, blocks) as block:
+                            step = direct._Step(0, q, first, last)
+                            at = (q * blocks + block) * size
+                            self._product(ops, (panels, at), where, step, block)
+
+                    emit.peeled(self.k.in_blocks, tile_block)
+                return
 
             def in_block(q: Any, first: bool, last: bool) -> None:
-                with emit.loop(self.out_blocks, self.k.threads) as block:
-                    panel = T.alloc_buffer((max(1, len(terms.positions)) * size,), "float32")
-                    source = (q * self.out_blocks + block) * terms.count * size
-                    self._mix(panel, experts, source, shares, image, block)
-                    ahead = self._ahead(self.tiles)
+                with emit.loop(blocks, self.k.threads) as block:
+                    panel, number = T.alloc_buffer((max(1, size),), "float32"), q * blocks + block
+                    self._mix((panel, 0), experts, shares, image, number)
                     with T.serial(0, self.tiles) as tile:
-                        where = self._where(image, tile)
-                        at, channels = self._outputs(where, block)
-                        sums = [
-                            self.k.load(ops, a, where, channel, first)
-                            for a, channel in zip(at, channels, strict=True)
-                        ]
-                        steps = [(t, i * size) for i, t in enumerate(terms.positions)]
-                        reads = self._inputs(where, q)
-                        for c in self._channels(ahead, experts, source, tile):
-                            for position, first_weight in steps:
-                                weight_at = first_weight + c * self.config.out_block
-                                tap = self._tap(reads, c, position)
-                                self.k.multiply(sums, (panel, weight_at), (ops.x, tap))
-                        for a, total in zip(at, sums, strict=True):
-                            self.k.store(ops.y, a, total, last)
+                        where, step = self._where(image, tile), direct._Step(0, q, first, last)
+                        ahead = self._ahead(experts, number, tile, self.tiles)
+                        self._product(ops, (panel, 0), where, step, block, ahead)
 
             emit.peeled(self.k.in_blocks, in_block)
 
-    def _mix(
-        self, panel: Any, experts: Any, source: Any, shares: Any, image: Any, block: Any
+    def _product(
+        self,
+        ops: direct._Operands,
+        panel: tuple[Any, Any],
+        where: direct._Where,
+        step: direct._Step,
+        block: Any,
+        ahead: _Requests | None = None,
     ) -> None:
-        """panel[position] = sum of the shares of its experts times their weights."""
+        """Add a mixed panel's part to one tile of its output channels."""
+        (weights, first_weight), k = panel, self.k
+        at, channels = self._outputs(where, block)
+        outputs = list(zip(at, channels, strict=True))
+        sums = [k.load(ops, a, where, channel, step.first) for a, channel in outputs]
+        reads = self._inputs(where, step.q)
+        for c in self._channels(ahead):
+            for i, position in enumerate(self.terms.positions):
+                weight_at = first_weight + i * self.panel + c * self.config.out_block
+                k.multiply(sums, (weights, weight_at), (ops.x, self._tap(reads, c, position)))
+        for a, total in zip(at, sums, strict=True):
+            k.store(ops.y, a, total, step.last)
+
+    def _mix(
+        self, panel: tuple[Any, Any], experts: Any, shares: Any, image: Any, number: Any
+    ) -> None:
+        """Each position of a panel: the sum of the shares of its experts times their weights."""
+        (target, begin), size = panel, self.panel
         out_block, lanes = self.config.out_block, self.k.lanes
-        size = self.config.in_block * out_block
-        first = {p: self._share_at(image, p, block * out_block) for p in self.terms.by_expert()}
+        channel = number % self.out_blocks * out_block
+        first = {p: self._share_at(image, p, channel) for p in self.terms.by_expert()}
         factors = {p: repeated(shares, at, out_block, lanes) for p, at in first.items()}
-        read = 0
+        source = number * self.terms.count * size
         for i, holders in enumerate(self.terms.holders):
-            sources = {p: source + (read + n) * size for n, p in enumerate(holders)}
-            read += len(holders)
+            sources = {p: source + n * size for n, p in enumerate(holders)}
+            source = source + len(holders) * size
+            to = begin + i * size
             with T.serial(0, size // lanes) as v:
                 vectors = [
                     factors[p] * experts[emit.ramp(at + v * lanes, lanes)]
                     for p, at in sources.items()
                 ]
-                T.buffer_store(panel, sum_of(vectors), [emit.ramp(i * size + v * lanes, lanes)])
+                T.buffer_store(target, sum_of(vectors), [emit.ramp(to + v * lanes, lanes)])
             with T.serial(0, size % lanes) as rest:
                 j = size - size % lanes + rest
                 values = [
                     shares[first[p] + j % out_block] * experts[at + j] for p, at in sources.items()
                 ]
-                T.buffer_store(panel, sum_of(values), [i * size + j])
+                T.buffer_store(target, sum_of(values), [to + j])
 
     def _shared(self, ops: direct._Operands, experts: Any, shares: Any) -> None:
-        batch, out_block = self.k.workload.batch, self.config.out_block
-        panel = self.config.in_block * out_block * self.terms.count
-        every = self.terms.by_expert()
+        """Each panel meets all tiles of all images, expert by expert."""
+        batch, every = self.k.workload.batch, self.terms.by_expert()
 
         def in_block(q: Any, first: bool, last: bool) -> None:
             with emit.loop(self.out_blocks, self.k.threads) as block:
-                source = (q * self.out_blocks + block) * panel
-                ahead = self._ahead(batch * self.tiles * len(every))
+                number = q * self.out_blocks + block
                 with T.serial(0, batch) as image, T.serial(0, self.tiles) as tile:
-                    where = self._where(image, tile)
-                    at, channels = self._outputs(where, block)
-                    begin = source
+                    where, turns = self._where(image, tile), batch * self.tiles * len(every)
+                    begin = number * self.terms.count * self.panel
                     for n, (expert, positions) in enumerate(every.items()):
-                        sums = [
-                            emit.accumulators(self.k.vectors, self.k.lanes) for _ in range(out_block)
-                        ]
-                        for total in (vector for row in sums for vector in row):
-                            emit.assign(total, emit.splat(0.0, self.k.lanes))
                         turn = (image * self.tiles + tile) * len(every) + n
-                        reads, width = self._inputs(where, q), len(positions) * out_block
-                        for c in self._channels(ahead, experts, source, turn):
-                            for i, position in enumerate(positions):
-                                weight_at = begin + c * width + i * out_block
-                                tap = self._tap(reads, c, position)
-                                self.k.multiply(sums, (experts, weight_at), (ops.x, tap))
-                        begin = begin + self.config.in_block * width
+                        ahead = self._ahead(experts, number, turn, turns)
                         done = last and n == len(every) - 1
-                        for a, channel, row in zip(at, channels, sums, strict=True):
-                            share = shares[self._share_at(image, expert, channel)]
-                            started = not first or n > 0
-                            so_far = (
-                                self.k.so_far(ops.y, a)
-                                if started
-                                else self.k.initial(ops, a, where, channel)
-                            )
-                            for total, value in zip(row, so_far, strict=True):
-                                scaled = emit.splat(share, self.k.lanes) * emit.value_of(total)
-                                emit.assign(total, value + scaled)
-                            self.k.store(ops.y, a, row, done)
+                        step = direct._Step(0, q, first and n == 0, done)
+                        scaled = _Scaled(expert, tuple(positions), shares)
+                        self._scaled(ops, (experts, begin), where, step, block, scaled, ahead)
+                        begin = begin + len(positions) * self.panel
 
         emit.peeled(self.k.in_blocks, in_block)
 
-    def _ahead(self, turns: int) -> Ahead:
-        per_channel = max(1, self.terms.count) * self.config.out_block
-        return Ahead.of(self.config.in_block, per_channel, turns)
+    def _scaled(
+        self,
+        ops: direct._Operands,
+        panel: tuple[Any, Any],
+        where: direct._Where,
+        step: direct._Step,
+        block: Any,
+        scaled: _Scaled,
+        ahead: _Requests,
+    ) -> None:
+        """Add the part of one expert, times its shares, to one tile of a block of channels."""
+        (weights, begin), k, out_block = panel, self.k, self.config.out_block
+        at, channels = self._outputs(where, block)
+        sums = [emit.accumulators(k.vectors, k.lanes) for _ in channels]
+        for total in (vector for row in sums for vector in row):
+            emit.assign(total, emit.splat(0.0, k.lanes))
+        reads, width = self._inputs(where, step.q), len(scaled.positions) * out_block
+        for c in self._channels(ahead):
+            for i, position in enumerate(scaled.positions):
+                weight_at = begin + c * width + i * out_block
+                k.multiply(sums, (weights, weight_at), (ops.x, self._tap(reads, c, position)))
+        for a, channel, row in zip(at, channels, sums, strict=True):
+            values = k.initial(ops, a, where, channel) if step.first else k.so_far(ops.y, a)
+            share = scaled.shares[self._share_at(where.image, scaled.expert, channel)]
+            for total, value in zip(row, values, strict=True):
+                emit.assign(total, value + emit.splat(share, k.lanes) * emit.value_of(total))
+            k.store(ops.y, a, row, step.last)
 
-    def _channels(self, ahead: Ahead, experts: Any, panel: Any, turn: Any) -> Iterator[Any]:
-        """Loops over the input channels of a block, asking for the next panel on the way."""
-        with T.serial(0, self.config.in_block // ahead.channels) as part:
-            ahead.emit(experts, panel, turn, part)
-            with T.serial(0, ahead.channels) as within:
-                yield part * ahead.channels + within
+    def _ahead(self, experts: Any, number: Any, turn: Any, turns: int) -> _Requests:
+        """Requests for the panel after this one, of which each of the turns makes its part."""
+        per_channel = max(1, self.terms.count) * self.config.out_block
+        ahead = Ahead.of(self.config.in_block, per_channel, turns)
+        return _Requests(ahead, experts, number * self.terms.count * self.panel, turn)
+
+    def _channels(self, requests: _Requests | None) -> Iterator[Any]:
+        """Loops over the input channels of a block, asking for weights on the way."""
+        if requests is None:
+            with T.serial(0, self.config.in_block) as c:
+                yield c
+            return
+        channels = requests.ahead.channels
+        with T.serial(0, self.config.in_block // channels) as part:
+            requests.ahead.emit(requests.experts, requests.panel, requests.turn, part)
+            with T.serial(0, channels) as within:
+                yield part * channels + within
 
     def _where(self, image: Any, tile: Any) -> direct._Where:
         nx = self.k.geometry.tiles[1]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from topiarist.schedules.cpu import direct, dynamic
+from topiarist.schedules.cpu.ahead import LINE
 from topiarist.schedules.cpu.core import core_of
 from topiarist.schedules.cpu.dynamic import DynamicConfig, Loops, Terms
 from topiarist.schedules.cpu.space import tiles
@@ -19,6 +21,7 @@ from topiarist.targets.spec import TargetSpec
 OUT_BLOCKS = (1, 2, 4, 8, 16)  # they divide vectors
 IN_BLOCKS = (32, 64, 128, 256)  # about so many input channels
 SPARE_REGISTERS = 4  # beside the sums
+FROM_L2 = 0.5  # cycles that a vector from there costs beside multiply-adds
 ALIKE = 2  # configurations of one tile and form that are tried first
 
 
@@ -41,21 +44,26 @@ class DynamicDense(ConvKernel[DynamicConfig]):
     def knobs(self, site: ConvSite) -> list[DynamicConfig]:
         """Both forms, tiles of vectors by output channels, blocks of input channels."""
         w, grid = site.workload, site.views.y.layout.grid
-        forms = [False, True] if Terms.of(dynamic.mixture_of(w)).count else [False]
+        terms = Terms.of(dynamic.mixture_of(w))
+        forms = [(False, False)]  # shared, tiles outside
+        if terms.count:
+            forms.append((True, False))
+        if 4 * w.in_channels * w.out_channels * len(terms.positions) <= site.target.l2_bytes / 2:
+            forms.append((False, True))
         in_blocks = {_divisor(w.in_channels, near) for near in IN_BLOCKS}
         found = [
-            DynamicConfig(*tile, out_block, in_block, shared)
+            DynamicConfig(*tile, out_block, in_block, *form)
             for out_block in OUT_BLOCKS
             if out_block <= grid.lanes and w.out_channels % out_block == 0
             for tile in tiles(grid, (site.target.registers - SPARE_REGISTERS) // out_block)
             for in_block in in_blocks
-            for shared in forms
+            for form in forms
         ]
         ranked = sorted(found, key=lambda config: self.estimate_us(site, config))
-        seen: Counter[tuple[int, int, int, bool]] = Counter()
+        seen: Counter[DynamicConfig] = Counter()
         early, late = [], []
         for config in ranked:
-            shape = (config.rows, config.cols, config.out_block, config.shared)
+            shape = replace(config, in_block=0)
             (early if seen[shape] < ALIKE else late).append(config)
             seen[shape] += 1
         return early + late
@@ -82,6 +90,10 @@ class DynamicDense(ConvKernel[DynamicConfig]):
             used = len(terms.by_expert())
             cycles = visits * (w.in_channels * terms.count * step + in_blocks * used * 2 * fmas)
             return (cycles + far) / core.cycles_per_us
+        reads = vectors * FROM_L2
+        if config.tiles_outside:
+            reads = config.out_block * FROM_L2 / LINE
+        step += reads
         cycles = visits * (w.in_channels * len(terms.positions) * step + in_blocks * 1.5 * fmas)
         mixing = w.batch * (2 * weights / grid.lanes + far)
         return (cycles + mixing) / core.cycles_per_us
