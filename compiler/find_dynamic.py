@@ -55,7 +55,9 @@ class _Finder:
             return None
         for value, shares in (product.inputs, product.inputs[::-1]):
             view = self._before(value)
-            conv = self._before(view.inputs[0]) if isinstance(view, View) else None
+            if not isinstance(view, View):
+                continue
+            conv = self._before(view.inputs[0])
             if isinstance(conv, Conv) and self._fit(conv, value, shares, last.output):
                 return _made(conv, shares, self.values[shares].shape[1], last), product, view, conv
         return None

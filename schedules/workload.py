@@ -96,7 +96,7 @@ class ConvWorkload:
         return self.kernel == (1, 1) and not any(self.padding)
 
     def to_json(self) -> dict[str, Any]:
-        """All fields as plain JSON values; `mixture` where there is one, as most records lack it."""
+        """All fields as plain JSON values, `mixture` only where there is one."""
         values = {**vars(self), "sparsity": dict(vars(self.sparsity))}
         if self.mixture is None:
             del values["mixture"]

@@ -50,9 +50,7 @@ class Attention(nn.Module):
         """Sums to 1 over the experts."""
         hidden = functional.relu(self.squeeze(x.mean(dim=(2, 3))))
         logits = self.excite(hidden).reshape(-1, self.experts, self.out_channels)
-        return torch.softmax(
-            logits if self.temperature == 1 else logits / self.temperature, dim=1
-        )
+        return torch.softmax(logits if self.temperature == 1 else logits / self.temperature, dim=1)
 
     def without_temperature(self) -> Attention:
         """A copy that computes the same, for inference: the weights are divided by it."""

@@ -91,7 +91,7 @@ def _epochs(
 
 def kept_positions(model: nn.Module) -> float:
     """The share of kernel positions in the unions of masks, mean over the layers."""
-    return mean(m.union().double().mean().item() for m in dpp_layers(model).values())
+    return float(mean(m.union().double().mean().item() for m in dpp_layers(model).values()))
 
 
 def _optimizer(model: nn.Module, settings: TrainSettings, stage: Stage) -> torch.optim.SGD:

@@ -205,7 +205,7 @@ class Loops:
         return builder.get()
 
     def _mixed(self, ops: direct._Operands, experts: Any, shares: Any) -> None:
-        """Each panel meets all tiles, or all panels are mixed first and each tile meets them all."""
+        """Each panel meets all tiles; or all are mixed first, and each tile meets them all."""
         outside = self.config.tiles_outside
         blocks, size = self.out_blocks, len(self.terms.positions) * self.panel
         with T.serial(0, self.k.workload.batch) as image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topiarist.schedules.cpu import direct, dynamic
-from topiarist.schedules.cpu.ahead import LINE
 from topiarist.schedules.cpu.core import core_of
 from topiarist.schedules.cpu.dynamic import DynamicConfig, Loops, Terms
 from topiarist.schedules.cpu.space import tiles
@@ -21,7 +21,7 @@ from topiarist.targets.spec import TargetSpec
 OUT_BLOCKS = (1, 2, 4, 8, 16)  # they divide vectors
 IN_BLOCKS = (32, 64, 128, 256)  # about so many input channels
 SPARE_REGISTERS = 4  # beside the sums
-FROM_L2 = 0.5  # cycles that a vector from there costs beside multiply-adds
+EXPOSED = 0.1  # cycles of a load that multiply-adds don't hide
 ALIKE = 2  # configurations of one tile and form that are tried first
 
 
@@ -31,7 +31,7 @@ class DynamicDense(ConvKernel[DynamicConfig]):
     name = "dynamic_dense"
     sparse = False
     varying = 1
-    tries = 8
+    tries = 9
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
         """Serves mixtures whose experts have whole positions of the window."""
@@ -59,14 +59,10 @@ class DynamicDense(ConvKernel[DynamicConfig]):
             for in_block in in_blocks
             for form in forms
         ]
+        # The estimate can't compare forms: the best of each take turns.
         ranked = sorted(found, key=lambda config: self.estimate_us(site, config))
-        seen: Counter[DynamicConfig] = Counter()
-        early, late = [], []
-        for config in ranked:
-            shape = replace(config, in_block=0)
-            (early if seen[shape] < ALIKE else late).append(config)
-            seen[shape] += 1
-        return early + late
+        in_turns = itertools.zip_longest(*(_varied(ranked, *form) for form in forms))
+        return [config for turn in in_turns for config in turn if config is not None]
 
     def fits(self, site: ConvSite, config: DynamicConfig) -> bool:
         """Whether the configuration works between these layouts."""
@@ -78,10 +74,8 @@ class DynamicDense(ConvKernel[DynamicConfig]):
         """Multiply-adds or loads, sums that are read and written again, mixing, bytes."""
         w, grid, core = site.workload, site.views.y.layout.grid, core_of(site.target)
         terms, vectors = Terms.of(dynamic.mixture_of(w)), config.rows * config.cols
-        fmas = vectors * config.out_block
-        step = max(
-            fmas * core.dense_fma, (vectors + config.out_block) * core.dense_load, core.latency
-        )
+        fmas, loads = vectors * config.out_block, vectors + config.out_block
+        step = max(fmas * core.dense_fma, loads * core.dense_load, core.latency) + EXPOSED * loads
         in_blocks = w.in_channels // config.in_block
         visits = w.batch * grid.rows * grid.cols // vectors * (w.out_channels // config.out_block)
         weights = w.in_channels * w.out_channels * terms.count
@@ -90,10 +84,6 @@ class DynamicDense(ConvKernel[DynamicConfig]):
             used = len(terms.by_expert())
             cycles = visits * (w.in_channels * terms.count * step + in_blocks * used * 2 * fmas)
             return (cycles + far) / core.cycles_per_us
-        reads = vectors * FROM_L2
-        if config.tiles_outside:
-            reads = config.out_block * FROM_L2 / LINE
-        step += reads
         cycles = visits * (w.in_channels * len(terms.positions) * step + in_blocks * 1.5 * fmas)
         mixing = w.batch * (2 * weights / grid.lanes + far)
         return (cycles + mixing) / core.cycles_per_us
@@ -114,6 +104,19 @@ def _loops(site: ConvSite, config: DynamicConfig) -> Loops:
         x, y = site.views.x.layout, site.views.y.layout
         raise ValueError(f"{config} does not fit {x} -> {y}")
     return loops
+
+
+def _varied(ranked: list[DynamicConfig], shared: bool, tiles_outside: bool) -> list[DynamicConfig]:
+    """Those of a form, but of one tile at most `ALIKE` among the first."""
+    seen: Counter[DynamicConfig] = Counter()
+    early: list[DynamicConfig] = []
+    late: list[DynamicConfig] = []
+    for config in ranked:
+        if (config.shared, config.tiles_outside) == (shared, tiles_outside):
+            tile = replace(config, in_block=0)
+            (early if seen[tile] < ALIKE else late).append(config)
+            seen[tile] += 1
+    return early + late
 
 
 def _divisor(size: int, near: int) -> int:

@@ -74,7 +74,12 @@ def rivals() -> list[str]:
 
 
 def compiled(
-    name: str, model: onnx.ModelProto, folder: Path, *, threads: int = 1, options: Sequence[str] = ()
+    name: str,
+    model: onnx.ModelProto,
+    folder: Path,
+    *,
+    threads: int = 1,
+    options: Sequence[str] = (),
 ) -> Compiled:
     """Compile a model and compare its outputs with ONNX Runtime's. Raises RuntimeError if wrong.
 
@@ -96,9 +101,7 @@ def compiled(
     return Compiled(source, bundle, details)
 
 
-def _compile(
-    source: Path, bundle: Path, options: Sequence[str]
-) -> tuple[dict[str, Any], float]:
+def _compile(source: Path, bundle: Path, options: Sequence[str]) -> tuple[dict[str, Any], float]:
     """The compiler's report and seconds, in a process of its own: nothing else's threads."""
     start = time.perf_counter()
     command = (sys.executable, "-m", "topiarist.compiler.cli", "compile", "--json")

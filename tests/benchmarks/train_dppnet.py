@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks.train_dppnet FOLDER
 
-Converts the trained network, prunes until the unions of masks hold 40 % of the positions, fine-tunes,
-and writes checkpoint, ONNX and figures to the folder; called again, it goes on where it was stopped.
-The images are few, and the network knows them by heart. So they are cropped, flipped and mixed in
-pairs, and what the network as it was says of them (its softened probabilities) is what is learned.
-The data lie beside the repository. One thread; hours, which the figures say.
+Converts the trained network, prunes until the unions of masks hold 40 % of the positions,
+fine-tunes, and writes checkpoint, ONNX and figures to the folder; called again, it goes on where it
+was stopped. The images are few, and the network knows them by heart. So they are cropped, flipped
+and mixed in pairs, and what is learned is what the network as it was says of them, its softened
+probabilities. The data lie beside the repository. One thread.
 """
 
 from __future__ import annotations

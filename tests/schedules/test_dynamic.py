@@ -135,7 +135,7 @@ def test_every_image_is_convolved_with_its_own_kernel(case: Case, target: Target
     configs = fitting(site)
     forms = {(c.shared, c.tiles_outside): c for c in reversed(configs)}
     assert len(forms) == (3 if case.union else 2)
-    several = {*forms.values(), configs[len(configs) // 2], configs[-1]}
+    several = {*forms.values(), configs[-1]}
     if case.conv.channels > 64:
         several |= {next(c for c in configs if c.in_block < 64 and c.shared == s) for s in (0, 1)}
     named = {str(config): config for config in several}
@@ -167,7 +167,9 @@ def test_scattered_experts_are_mixed_for_the_sparse_kernels(
     shape = mix.MixShape.of(site, config, EXPERTS)
     mixing = mix.mix_prim_func("mix", shape, target.lanes, threads)
     before = np.full_like(values, np.nan)
-    mixed = run_all({"mix": mixing}, target, {"mix": [d.shares.ravel(), experts, starts, order, before]})
+    mixed = run_all(
+        {"mix": mixing}, target, {"mix": [d.shares.ravel(), experts, starts, order, before]}
+    )
     args = arguments(d, [mixed["mix"], offsets, starts, order])
     check(d, run_all({"conv": kernel.prim_func(site, config, "conv")}, target, {"conv": args}))
 
