@@ -331,7 +331,7 @@ class Chooser:
         """The kernels that take the layer, and why the others don't."""
         usable, refusals = [], []
         for kernel in kernels_for(self.target):
-            if self.dense and kernel.sparse and not site.workload.scattered:
+            if self.dense and kernel.sparse and site.workload.mixture is None:
                 continue
             refusal = kernel.refuses(site.workload, self.target)
             if refusal is None:

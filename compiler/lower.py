@@ -162,19 +162,18 @@ class _Lowering:
         name = self._use(self.parts.convolution(kernel, site, config))
         reads = self._reads(node)
         residual = reads[node.residual_at :]
-        weight = node.weight
-        if isinstance(node, DynamicConv) and not kernel.sparse:
-            weight = node.experts
+        weight = node.experts if isinstance(node, DynamicConv) and kernel.mixes else node.weight
         packed: list[Ref | NDArray[Any]] = [
             *self.parts.constants(
                 (node.name, kernel.name, config, views), lambda: kernel.pack(site, config, weight)
             )
         ]
         if isinstance(node, DynamicConv):
-            shares = reads[1][1]
-            packed[kernel.varying] = (
-                self._mixed(node, site, config, packed, shares) if kernel.sparse else _flat(shares)
-            )
+            shares = _flat(reads[1][1])
+            if kernel.mixes:
+                packed[-1] = shares
+            else:
+                packed[0] = self._mixed(node, site, config, packed, shares)
         refs = [] if views.in_place else [ref for _, ref in residual]
         y = self._writes(node)[1]
         self._call(node.name, name, reads[0][1], *packed, node.bias, *refs, y)
@@ -200,7 +199,7 @@ class _Lowering:
             lambda name: mix.mix_prim_func(name, shape, lanes, self.threads),
         )
         mixed = Ref(f"{node.output}@kernels", values.shape)
-        self._call(node.name, name, _flat(shares), experts, starts, order, mixed)
+        self._call(node.name, name, shares, experts, starts, order, mixed)
         return mixed
 
     def _linear(self, node: Linear) -> None:

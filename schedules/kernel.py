@@ -49,14 +49,14 @@ class ConvKernel(ABC, Generic[C]):
     """A convolution kernel; `C` is its configuration.
 
     Its function takes (x, *constants, bias[, residual], y): flat fp32 buffers, but for the
-    constants, which are as `pack` makes them. Of a mixture one of them is not constant in a
-    network: `varying` is its place.
+    constants, which are as `pack` makes them. Of a mixture one of them is computed in a
+    network: the shares, which come last, if the kernel `mixes`; else the values, which come first.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1  # raised when old measurements no longer hold
     sparse: ClassVar[bool]
-    varying: ClassVar[int] = 0
+    mixes: ClassVar[bool] = False
     tries: ClassVar[int] = 6  # configurations of `knobs` that are worth timing
 
     @abstractmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from topiarist.schedules.cpu.depthwise import Depthwise
-from topiarist.schedules.cpu.dynamic_kernel import DynamicDense
+from topiarist.schedules.cpu.dynamic_kernel import DynamicDirect
 from topiarist.schedules.cpu.kernels import Block8Sparse, BlockSparse, DirectDense, DirectSparse
 from topiarist.schedules.cpu.winograd import WinogradDense
 from topiarist.schedules.cuda.kernels import CudaDense, CudaSparse
@@ -23,7 +23,7 @@ CPU_KERNELS: tuple[ConvKernel[Any], ...] = (
     Depthwise(),
     WinogradDense(),
 )
-DYNAMIC_KERNELS: tuple[ConvKernel[Any], ...] = (DynamicDense(),)  # of mixtures, for CPUs
+DYNAMIC_KERNELS: tuple[ConvKernel[Any], ...] = (DynamicDirect(),)  # of mixtures, for CPUs
 CUDA_KERNELS: tuple[ConvKernel[Any], ...] = (CudaSparse(), CudaDense())
 CONV_KERNELS = (*CPU_KERNELS, *DYNAMIC_KERNELS, *CUDA_KERNELS)
 

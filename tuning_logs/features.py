@@ -21,7 +21,14 @@ Features = Mapping[str, float]
 VERSION = 3  # of the features: raised when a name or its meaning changes
 
 _SKIP_ZEROS = frozenset(
-    {"direct_sparse", "block_sparse", "block8_sparse", "cuda_sparse", "sparse_linear"}
+    {
+        "direct_sparse",
+        "block_sparse",
+        "block8_sparse",
+        "dynamic_conv",
+        "cuda_sparse",
+        "sparse_linear",
+    }
 )
 LOG = "log_"  # begins the names of counts
 _LARGEST = float(np.finfo(np.float32).max)

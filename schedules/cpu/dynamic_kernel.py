@@ -25,12 +25,12 @@ EXPOSED = 0.1  # cycles of a load that multiply-adds don't hide
 ALIKE = 2  # configurations of one tile and form that are tried first
 
 
-class DynamicDense(ConvKernel[DynamicConfig]):
-    """Dense over the positions that experts have."""
+class DynamicDirect(ConvKernel[DynamicConfig]):
+    """Direct convolution over the positions that experts have."""
 
-    name = "dynamic_dense"
-    sparse = False
-    varying = 1
+    name = "dynamic_conv"
+    sparse = True
+    mixes = True
     tries = 9
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:

@@ -130,7 +130,7 @@ def test_compiled_networks_agree_with_onnx_runtime(tmp_path, batch: int, scatter
     )
     kernels = {layer.layer: layer.kernel for layer in compiled.layers}
     assert ("sparse" in kernels["first"]) == scattered
-    assert list(kernels.values()).count("dynamic_dense") == 4 - scattered
+    assert list(kernels.values()).count("dynamic_conv") == 4 - scattered
     session = Session(tmp_path / "b.topi")
     parts = [session.run(None, {"x": part})[0] for part in np.split(inputs["x"], 3 // batch)]
     assert relative_error(np.concatenate(parts), run_onnx(model, inputs)[0]) < 1e-5
@@ -147,5 +147,5 @@ def test_measuring_chooses_and_strict_repeats(tmp_path) -> None:
     again = compile_model(model, log=log, strict=True)
     dense = compile_model(model, log=log, dense=True)
     chosen = [[layer.kernel for layer in c.layers] for c in (first, again, dense)]
-    assert all("dynamic_dense" in kernels for kernels in chosen)
+    assert all("dynamic_conv" in kernels for kernels in chosen)
     assert replace(first.layers[-1], reason="").config == again.layers[-1].config

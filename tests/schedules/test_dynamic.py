@@ -23,7 +23,7 @@ from tests.schedules.kernel_contract import (
 )
 from topiarist.schedules.cpu import mix
 from topiarist.schedules.cpu.dynamic import DynamicConfig
-from topiarist.schedules.cpu.dynamic_kernel import DynamicDense
+from topiarist.schedules.cpu.dynamic_kernel import DynamicDirect
 from topiarist.schedules.cpu.kernels import BlockSparse, DirectSparse
 from topiarist.schedules.kernel import ConvSite
 from topiarist.schedules.kernels import CPU_KERNELS, DYNAMIC_KERNELS, kernels_for
@@ -32,7 +32,7 @@ from topiarist.targets import registry
 from topiarist.targets.spec import TargetSpec
 
 EXPERTS = 4
-KERNEL = DynamicDense()
+KERNEL = DynamicDirect()
 ONE = {"kernel": (1, 1), "padding": (0, 0, 0, 0)}
 
 

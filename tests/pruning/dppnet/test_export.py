@@ -65,7 +65,7 @@ def test_our_compiler_mixes_the_experts(trained, tmp_path, batch):
     images, wanted, path = trained
     bundle = tmp_path / "model.topi"
     compiled = compile_model(path, batch=batch, output=bundle, measure=False)
-    assert [layer.kernel for layer in compiled.layers].count("dynamic_dense") == 4
+    assert [layer.kernel for layer in compiled.layers].count("dynamic_conv") == 4
     session = Session(bundle)
     parts = [session.run(None, {"input": part})[0] for part in np.split(images, 3 // batch)]
     assert relative_error(np.concatenate(parts), wanted) < 1e-5
@@ -105,6 +105,6 @@ def test_onnx_runtimes_own_rewrites_leave_the_layers_findable(trained, tmp_path)
     compiled = compile_model(
         tmp_path / "rewritten.onnx", batch=3, output=tmp_path / "b.topi", measure=False
     )
-    assert [layer.kernel for layer in compiled.layers].count("dynamic_dense") == 4
+    assert [layer.kernel for layer in compiled.layers].count("dynamic_conv") == 4
     y = Session(tmp_path / "b.topi").run(None, {"input": images})[0]
     assert relative_error(y, wanted) < 1e-5
