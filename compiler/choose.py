@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from topiarist.compiler.gpu_timer import timer_for
-from topiarist.compiler.graph import Conv, Graph, Linear
+from topiarist.compiler.graph import Conv, DynamicConv, Graph, Linear
 from topiarist.compiler.lattice import MOVED_VALUES_PER_US, assign_lattices, find_levels
 from topiarist.compiler.layouts import LayoutPlan, LayoutPlanner, Place
 from topiarist.compiler.parts import Parts
@@ -147,6 +147,7 @@ def workload_of(node: Conv, graph: Graph) -> ConvWorkload:
         sparsity=signature(node.weight, pattern),
         activation=(None, None) if act is None else (act.low, act.high),
         residual=node.residual is not None,
+        mixture=node.mixture if isinstance(node, DynamicConv) else None,
     )
 
 
@@ -154,7 +155,7 @@ def conv_views(node: Conv, layouts: LayoutPlan) -> ConvViews:
     """Where the layer reads and writes."""
     places = (*layouts.reads[node.name], layouts.places[node.output])
     x, *residual, y = (place.view for place in places if isinstance(place.view, View))
-    if residual and places[1] == places[-1]:
+    if residual and places[node.residual_at] == places[-1]:
         return ConvViews(x, y, in_place=True)
     return ConvViews(x, y, residual[0] if residual else None)
 
@@ -357,7 +358,7 @@ class Chooser:
         """The kernels that take the layer, and why the others don't."""
         usable, refusals = [], []
         for kernel in kernels_for(self.target):
-            if self.dense and kernel.sparse:
+            if self.dense and kernel.sparse and site.workload.mixture is None:
                 continue
             refusal = kernel.refuses(site.workload, self.target)
             if refusal is None:

@@ -8,6 +8,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from topiarist.compiler.find_dynamic import find_dynamic
 from topiarist.compiler.fuse_layers import fuse_layers
 from topiarist.compiler.graph import Graph, Node, Opaque, Value, View
 from topiarist.compiler.layer_names import layer_names, output_names
@@ -16,10 +17,15 @@ from topiarist.compiler.relax_calls import dtype_of, operator_of, shape_of
 from topiarist.errors import ModelError
 
 
-def extract_layers(module: tvm.IRModule) -> Graph:
-    """The layers of an imported module. Raises ModelError for what no layer can express."""
+def extract_layers(module: tvm.IRModule, *, dynamic: bool = True) -> Graph:
+    """The layers of an imported module. Raises ModelError for what no layer can express.
+
+    Without `dynamic`, for targets that have no kernels for them, dynamic convolutions stay as the
+    layers that they are made of.
+    """
     reader = _Reader(module["main"])
-    return _with_unique_names(fuse_layers(reader.graph(), reader.opaque_forms))
+    graph = find_dynamic(reader.graph()) if dynamic else reader.graph()
+    return _with_unique_names(fuse_layers(graph, reader.opaque_forms))
 
 
 class _Reader:

@@ -21,6 +21,7 @@ from topiarist.compiler.graph import (
     Add,
     Affine,
     Conv,
+    DynamicConv,
     FloatArray,
     Graph,
     Linear,
@@ -108,11 +109,25 @@ def _absorbed(before: Conv | Linear | Affine | Add, node: Affine) -> Node | None
         return None
     if isinstance(before, Affine):
         return _merged(before, node)
+    if isinstance(before, DynamicConv) and before.residual is None and node.scale is not None:
+        return _scaled(before, node)
     if isinstance(before, Add) or node.scale is not None or node.shift is None:
         return None
     if isinstance(before, Conv) and before.residual is not None:
         return None
     return replace(before, bias=before.bias + node.shift, output=node.output)
+
+
+def _scaled(before: DynamicConv, node: Affine) -> DynamicConv:
+    """A scale, as of a batch norm, goes into the experts."""
+    assert node.scale is not None
+    bias = _product(before.bias, node.scale)
+    return replace(
+        before,
+        experts=_product(before.experts, node.scale[:, None, None, None]),
+        bias=bias if node.shift is None else _sum(bias, node.shift),
+        output=node.output,
+    )
 
 
 def _merged(first: Affine, second: Affine) -> Affine:

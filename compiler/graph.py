@@ -7,10 +7,12 @@ already fused; each edge is a `Value`. Nothing here knows a layout: shapes are l
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from topiarist.schedules.workload import Mixture
 
 FloatArray = NDArray[np.float32]
 
@@ -56,10 +58,33 @@ class Conv(Node):
     groups: int = 1
     activation: Activation | None = None
 
+    residual_at: ClassVar[int] = 1  # its place among the inputs
+
     @property
     def residual(self) -> str | None:
         """The value added before the activation, if any."""
-        return self.inputs[1] if len(self.inputs) > 1 else None
+        return self.inputs[self.residual_at] if len(self.inputs) > self.residual_at else None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DynamicConv(Conv):
+    """A convolution with a kernel for each image: `inputs` is (x, shares) or (x, shares, residual).
+
+    output[n] = activation(conv(x[n], sum_p shares[n, p] * experts[p]) + bias [+ residual[n]])
+
+    `shares` has the elements [N, P, O]. `weight` is 1 where the mixed kernels have values.
+    """
+
+    experts: FloatArray  # [P, O, I, kh, kw]
+
+    residual_at: ClassVar[int] = 2
+
+    @property
+    def mixture(self) -> Mixture:
+        """Which experts have weights at each position of the window."""
+        masks = (self.experts != 0).any(axis=(1, 2)).reshape(len(self.experts), -1)
+        holders = tuple(tuple(np.flatnonzero(at).tolist()) for at in masks.T)
+        return Mixture(len(self.experts), holders)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

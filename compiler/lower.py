@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from topiarist.compiler.graph import (
     Affine,
     Concat,
     Conv,
+    DynamicConv,
     GlobalPool,
     Graph,
     Linear,
@@ -38,7 +41,8 @@ from topiarist.compiler.layouts import Place
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Call, Program, Ref
 from topiarist.errors import ModelError
-from topiarist.schedules.cpu import pooling, relayout
+from topiarist.schedules.cpu import mix, pooling, relayout
+from topiarist.schedules.kernel import ConvSite
 from topiarist.schedules.kernels import conv_kernel
 from topiarist.schedules.layout import PlainLayout
 from topiarist.schedules.layout import View as ChannelView
@@ -76,6 +80,7 @@ class _Lowering:
     def _emit(self, node: Node) -> None:
         emitters: dict[type[Node], Callable[[Any], None]] = {
             Conv: self._conv,
+            DynamicConv: self._conv,
             Linear: self._linear,
             Pool: self._pool,
             Subsample: self._subsample,
@@ -155,13 +160,47 @@ class _Lowering:
         views = conv_views(node, self.plan.layouts)
         site = self.parts.site(self.plan.workloads[node.name], views)
         name = self._use(self.parts.convolution(kernel, site, config, node.weight))
-        (_, x), *residual = self._reads(node)
-        packed = self.parts.constants(
-            (node.name, kernel.name, config, views),
-            lambda: kernel.pack(site, config, node.weight),
-        )
+        reads = self._reads(node)
+        residual = reads[node.residual_at :]
+        weight = node.experts if isinstance(node, DynamicConv) and kernel.mixes else node.weight
+        packed: list[Ref | NDArray[Any]] = [
+            *self.parts.constants(
+                (node.name, kernel.name, config, views), lambda: kernel.pack(site, config, weight)
+            )
+        ]
+        if isinstance(node, DynamicConv):
+            shares = _flat(reads[1][1])
+            if kernel.mixes:
+                packed[-1] = shares
+            else:
+                packed[0] = self._mixed(node, site, config, packed, shares)
         refs = [] if views.in_place else [ref for _, ref in residual]
-        self._call(node.name, name, x, *packed, node.bias, *refs, self._writes(node)[1])
+        y = self._writes(node)[1]
+        self._call(node.name, name, reads[0][1], *packed, node.bias, *refs, y)
+
+    def _mixed(
+        self,
+        node: DynamicConv,
+        site: ConvSite,
+        config: Any,
+        packed: Sequence[Any],
+        shares: Ref,
+    ) -> Ref:
+        """Mix the nonzeros of all images, in the convolution's order."""
+        values, _, starts, order = packed
+        (experts,) = self.parts.constants(
+            (node.name, "mix", config, site.views),
+            lambda: [mix.pack_experts(site, config, node.experts, node.weight)],
+        )
+        shape, lanes = mix.MixShape.of(site, config, len(node.experts)), self.parts.target.lanes
+        name = self._function(
+            ("mix", shape, lanes),
+            "mix",
+            lambda name: mix.mix_prim_func(name, shape, lanes, self.threads),
+        )
+        mixed = Ref(f"{node.output}@kernels", values.shape)
+        self._call(node.name, name, shares, experts, starts, order, mixed)
+        return mixed
 
     def _linear(self, node: Linear) -> None:
         choice = self.plan.choices[node.name].chosen
@@ -384,6 +423,10 @@ class _Lowering:
         )
         self._call(f"{ref.buffer} copied", name, Ref(ref.buffer, (size,)), Ref(buffer, (size,)))
         return Ref(buffer, ref.shape)
+
+
+def _flat(ref: Ref) -> Ref:
+    return replace(ref, shape=(math.prod(ref.shape),))
 
 
 def _in_step(source: ChannelView | PlainLayout, to: ChannelView, strides: tuple[int, int]) -> bool:

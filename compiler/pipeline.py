@@ -95,7 +95,7 @@ def compile_model(
 
     report("import", 0, 1)
     module = import_model(model, batch=batch)
-    graph = simplify(extract_layers(module))
+    graph = simplify(extract_layers(module, dynamic=spec.gpu is None))
     report("import", 1, 1)
     if parts is None:
         parts = Parts(spec, threads)

@@ -202,7 +202,7 @@ class Prices:
             sparsity = signature(np.ones(node.weight.shape, np.float32), "dense")
         workload = replace(self.workloads[layer], sparsity=sparsity)
         site = self.parts.site(workload, conv_views(node, self.layouts))
-        kernels = [k for k in kernels_for(site.target) if k.sparse == sparse]
+        kernels = [k for k in kernels_for(site.target) if k.mixes or k.sparse == sparse]
         variants = candidates_of(kernels, site, self._error)
         return [
             (self.device.what_conv(site, v.kernel, v.config), v.config)

@@ -9,6 +9,7 @@ import numpy as np
 
 from topiarist.compiler.graph import (
     Conv,
+    DynamicConv,
     FloatArray,
     Graph,
     Linear,
@@ -52,7 +53,8 @@ def convolutions_to_linear(graph: Graph) -> Graph:
 
 
 def _has_one_pixel(node: Conv, graph: Graph) -> bool:
-    return graph.values[node.output].shape[2:] == (1, 1) and node.residual is None
+    one = graph.values[node.output].shape[2:] == (1, 1)
+    return one and node.residual is None and not isinstance(node, DynamicConv)
 
 
 def unrolled_weight(node: Conv, channels: int, height: int, width: int) -> FloatArray:

@@ -14,6 +14,7 @@ from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets.spec import TargetSpec
 
 Packed = tuple[NDArray[np.generic], ...]
+CONSTANT_ONLY = "its weights are no constants"  # why most kernels refuse a mixture
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,15 @@ class ConvKernel(ABC, Generic[C]):
     """A convolution kernel; `C` is its configuration.
 
     Its function takes (x, *constants, bias[, residual], y): flat fp32 buffers, but for the
-    constants, which are as `pack` makes them.
+    constants, which are as `pack` makes them. Of a mixture one of them is computed in a
+    network: the shares, which come last, if the kernel `mixes`; else the values, which come first.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1  # raised when old measurements no longer hold
     sparse: ClassVar[bool]
     weight_in_code: ClassVar[bool] = False  # then code serves one weight: `specialised` makes it
+    mixes: ClassVar[bool] = False
     tries: ClassVar[int] = 6  # configurations of `knobs` that are worth timing
 
     @abstractmethod

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from topiarist.schedules.cpu.depthwise import Depthwise
+from topiarist.schedules.cpu.dynamic_kernel import DynamicDirect
 from topiarist.schedules.cpu.kernels import Block8Sparse, BlockSparse, DirectDense, DirectSparse
 from topiarist.schedules.cpu.winograd import WinogradDense
 from topiarist.schedules.cuda.kernels import CudaCompiled, CudaDense, CudaSparse, CudaTiled
@@ -22,18 +23,19 @@ CPU_KERNELS: tuple[ConvKernel[Any], ...] = (
     Depthwise(),
     WinogradDense(),
 )
+DYNAMIC_KERNELS: tuple[ConvKernel[Any], ...] = (DynamicDirect(),)  # of mixtures, for CPUs
 CUDA_KERNELS: tuple[ConvKernel[Any], ...] = (
     CudaCompiled(),
     CudaSparse(),
     CudaDense(),
     CudaTiled(),
 )
-CONV_KERNELS = (*CPU_KERNELS, *CUDA_KERNELS)
+CONV_KERNELS = (*CPU_KERNELS, *DYNAMIC_KERNELS, *CUDA_KERNELS)
 
 
 def kernels_for(target: TargetSpec) -> tuple[ConvKernel[Any], ...]:
     """The kernels that take part in the contest on a target."""
-    return CPU_KERNELS if target.gpu is None else CUDA_KERNELS
+    return (*CPU_KERNELS, *DYNAMIC_KERNELS) if target.gpu is None else CUDA_KERNELS
 
 
 def conv_kernel(name: str) -> ConvKernel[Any]:

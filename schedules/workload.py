@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+FULL = 0.75  # share of nonzeros from which on positions of a window count as whole
 SIGNATURE_BLOCK = 32  # input channels per block in the sparsity signature
 
 
@@ -38,12 +39,25 @@ def signature(weight: NDArray[np.number[Any]], pattern: str) -> SparsitySignatur
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """A kernel for each image: the sum of the experts, each with its share in each output channel.
+
+    `holders` are the experts that have weights at each position of the window, row by row.
+    """
+
+    experts: int
+    holders: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
 class ConvWorkload:
     """A 2-D convolution with its epilogue, fp32.
 
     Shapes: x [batch, in_channels, height, width], weight [out_channels, in_channels / groups,
     *kernel], y [batch, out_channels, out_height, out_width]. `padding` is top, left, bottom,
     right. `activation` is (low, high) of the clamp after bias and residual, None for unbounded.
+    A layer with a `mixture` gets its weights at run time, for each image its own; `sparsity` is
+    that of where any expert has one.
     """
 
     batch: int
@@ -60,6 +74,7 @@ class ConvWorkload:
     activation: tuple[float | None, float | None] = (None, None)
     residual: bool = False
     dtype: str = field(default="float32")
+    mixture: Mixture | None = None
 
     @property
     def out_height(self) -> int:
@@ -81,8 +96,21 @@ class ConvWorkload:
         return self.kernel == (1, 1) and not any(self.padding)
 
     def to_json(self) -> dict[str, Any]:
-        """All fields as plain JSON values."""
-        return {**vars(self), "sparsity": dict(vars(self.sparsity))}
+        """All fields as plain JSON values, `mixture` only where there is one."""
+        values = {**vars(self), "sparsity": dict(vars(self.sparsity))}
+        if self.mixture is None:
+            del values["mixture"]
+        else:
+            values["mixture"] = dict(vars(self.mixture))
+        return values
+
+    @property
+    def scattered(self) -> bool:
+        """Whether a mixture has many zeros at the positions of the window that experts keep."""
+        if self.mixture is None:
+            return False
+        kept = sum(1 for experts in self.mixture.holders if experts)
+        return self.sparsity.density * math.prod(self.kernel) < FULL * kept
 
     @property
     def key(self) -> str:

@@ -13,6 +13,7 @@ from topiarist.compiler.graph import (
     Affine,
     Concat,
     Conv,
+    DynamicConv,
     GlobalPool,
     Graph,
     Linear,
@@ -46,6 +47,8 @@ def outputs_of(graph: Graph, inputs: dict[str, Array]) -> list[Array]:
 
 
 def _evaluate(node: Node, inputs: list[Array], shape: tuple[int, ...]) -> Array:
+    if isinstance(node, DynamicConv):
+        return _dynamic_conv(node, inputs)
     if isinstance(node, Conv):
         return _conv(node, inputs)
     if isinstance(node, Linear):
@@ -118,6 +121,28 @@ def _conv(node: Conv, inputs: list[Array]) -> Array:
     if node.residual is not None:
         result = result + inputs[1]
     return _activate(result, node.activation)
+
+
+def _dynamic_conv(node: DynamicConv, inputs: list[Array]) -> Array:
+    """Image by image, each with its own kernel."""
+    shares = inputs[1].reshape(len(inputs[0]), len(node.experts), -1)
+    images = []
+    for n, share in enumerate(shares):
+        kernel = np.einsum("po,poiyx->oiyx", share, node.experts)
+        assert not kernel[node.weight == 0].any()
+        alone = Conv(
+            name=node.name,
+            inputs=("x", "residual") if node.residual else ("x",),
+            output=node.output,
+            weight=kernel,
+            bias=node.bias,
+            strides=node.strides,
+            padding=node.padding,
+            dilation=node.dilation,
+            activation=node.activation,
+        )
+        images.append(_conv(alone, [value[n : n + 1] for value in (inputs[0], *inputs[2:])]))
+    return np.concatenate(images)
 
 
 def _pool(node: Pool, image: Array, shape: tuple[int, ...]) -> Array:

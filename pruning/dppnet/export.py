@@ -22,25 +22,25 @@ class SharedExperts(nn.Module):
 
     def __init__(self, layer: DPPConv2d) -> None:
         super().__init__()
-        self.attention = layer.attention
+        self.attention = layer.attention.without_temperature()
         self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
         kernels = layer.masked_experts().detach()
         self.experts = [p for p, kernel in enumerate(kernels) if kernel.any()] or [0]
-        for expert in self.experts:
-            self.register_buffer(f"expert_{expert}", kernels[expert].clone())
+        self.out_channels = kernels.shape[1]
+        self.register_buffer("kernels", kernels[self.experts].flatten(0, 1))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, I, H, W] -> [N, O, H', W']."""
-        shares = self.attention(x)[..., None, None].unbind(dim=1)
-        scaled = [self._conv(x, expert) * shares[expert] for expert in self.experts]
-        y = sum(scaled[1:], start=scaled[0])
-        return y if self.bias is None else y + self.bias[:, None, None]
-
-    def _conv(self, x: Tensor, expert: int) -> Tensor:
-        kernel = self.get_buffer(f"expert_{expert}")
+        shares = self.attention(x)
+        if len(self.experts) < shares.shape[1]:
+            shares = shares[:, self.experts]
         window = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        return functional.conv2d(x, kernel, **window)
+        outputs = functional.conv2d(x, self.get_buffer("kernels"), **window)
+        size = (int(extent) for extent in outputs.shape[2:])  # constants, whatever the batch
+        outputs = outputs.reshape(-1, len(self.experts), self.out_channels, *size)
+        y = (outputs * shares[..., None, None]).sum(dim=1)
+        return y if self.bias is None else y + self.bias[:, None, None]
 
 
 def with_shared_experts(model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,7 +50,16 @@ class Attention(nn.Module):
         """Sums to 1 over the experts."""
         hidden = functional.relu(self.squeeze(x.mean(dim=(2, 3))))
         logits = self.excite(hidden).reshape(-1, self.experts, self.out_channels)
-        return torch.softmax(logits / self.temperature, dim=1)
+        return torch.softmax(logits if self.temperature == 1 else logits / self.temperature, dim=1)
+
+    def without_temperature(self) -> Attention:
+        """A copy that computes the same, for inference: the weights are divided by it."""
+        same = copy.deepcopy(self)
+        with torch.no_grad():
+            same.excite.weight /= self.temperature
+            same.excite.bias /= self.temperature
+        same.temperature = 1.0
+        return same
 
 
 class DPPConv2d(nn.Module):

@@ -22,6 +22,7 @@ class Stage:
     last_rate: float = 0.0  # of "cosine"
     schedule: Schedule = "cosine"
     threshold_penalty: float = 0.0
+    until_kept: float | None = None  # the stage ends early, at this share of positions in unions
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.learning_rate <= 0:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,13 @@ from topiarist.pruning.dppnet.checkpoint import Position, load_checkpoint, save_
 from topiarist.pruning.dppnet.layer import dpp_layers, threshold_loss
 from topiarist.pruning.dppnet.stages import Stage, TrainSettings
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # images [N, C, H, W] and classes [N]
+# Images [N, C, H, W], and classes [N] or, to learn from another network, their shares [N, classes].
+Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class EpochReport:
-    """An epoch that is done. `kept` is the share of kernel positions in the unions of masks."""
+    """An epoch that is done. `kept` is the mean share of positions in the unions of masks."""
 
     stage: str
     epoch: int  # from 0, within the stage
@@ -77,6 +79,8 @@ def _epochs(
     if begin.optimizer is not None:
         optimizer.load_state_dict(begin.optimizer)
     for epoch in range(begin.epoch, stage.epochs):
+        if stage.until_kept is not None and kept_positions(model) <= stage.until_kept:
+            return
         for group in optimizer.param_groups:
             group["lr"] = stage.rate(epoch)
         with torch.random.fork_rng():
@@ -86,10 +90,8 @@ def _epochs(
 
 
 def kept_positions(model: nn.Module) -> float:
-    """The share of kernel positions in the unions of masks, every weight counted once."""
-    layers = dpp_layers(model).values()
-    kept = sum(int(m.union().sum()) * int(math.prod(m.weight.shape[1:3])) for m in layers)
-    return kept / sum(int(math.prod(m.weight.shape[1:])) for m in layers)
+    """The share of kernel positions in the unions of masks, mean over the layers."""
+    return float(mean(m.union().double().mean().item() for m in dpp_layers(model).values()))
 
 
 def _optimizer(model: nn.Module, settings: TrainSettings, stage: Stage) -> torch.optim.SGD:
@@ -125,7 +127,8 @@ def _epoch(
         loss.backward()
         optimizer.step()
         total += cross_entropy.item() * len(images)
-        right += int((scores.argmax(dim=1) == classes).sum())
+        labels = classes if classes.ndim == 1 else classes.argmax(dim=1)
+        right += int((scores.argmax(dim=1) == labels).sum())
         count += len(images)
     if not count:
         raise TrainingError("There are no batches: an iterator can be gone through only once.")

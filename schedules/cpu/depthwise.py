@@ -22,7 +22,7 @@ from tvm.script.ir_builder import tirx as T
 from topiarist.schedules.cpu import direct, emit, space
 from topiarist.schedules.cpu.core import core_of
 from topiarist.schedules.cpu.direct import DirectConfig
-from topiarist.schedules.kernel import ConvKernel, ConvSite, KernelConfig, Packed
+from topiarist.schedules.kernel import CONSTANT_ONLY, ConvKernel, ConvSite, KernelConfig, Packed
 from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets.spec import TargetSpec
 
@@ -49,6 +49,8 @@ class Depthwise(ConvKernel[DepthwiseConfig]):
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
         """Serves one input channel per group, with taps."""
+        if workload.mixture is not None:
+            return CONSTANT_ONLY
         if workload.groups != workload.in_channels:
             return f"{workload.in_channels} input channels in {workload.groups} groups"
         return "a window of one pixel" if workload.pointwise else None

@@ -182,6 +182,11 @@ class _Kernel:
         return -(-self.group_in // self.config.in_block)
 
     @property
+    def images(self) -> int:
+        """How many have weights of their own, one after the other; constant ones are for all."""
+        return 1 if self.workload.mixture is None else self.workload.batch
+
+    @property
     def tile_count(self) -> int:
         return self.workload.batch * self.geometry.tiles[0] * self.geometry.tiles[1]
 
@@ -231,13 +236,13 @@ class _Kernel:
         """What a tile of one channel starts with: bias, plus the residual."""
         start = emit.splat(ops.bias[channel], self.lanes)
         if self.views.in_place:
-            return [start + value for value in self._so_far(ops.y, at)]
+            return [start + value for value in self.so_far(ops.y, at)]
         residual = self._residual(ops, where, channel)
         return [start + value for value in residual] or [start] * self.vectors
 
     def load(self, ops: _Operands, at: Any, where: _Where, channel: Any, first: bool) -> list[Any]:
         """Accumulators of a tile of one channel: its initial values, or the sum so far."""
-        values = self.initial(ops, at, where, channel) if first else self._so_far(ops.y, at)
+        values = self.initial(ops, at, where, channel) if first else self.so_far(ops.y, at)
         sums = emit.accumulators(self.vectors, self.lanes)
         for total, value in zip(sums, values, strict=True):
             emit.assign(total, value)
@@ -248,7 +253,7 @@ class _Kernel:
         """Vectors of a tile of one channel."""
         return self.config.rows * self.config.cols
 
-    def _so_far(self, y: Any, at: Any) -> list[Any]:
+    def so_far(self, y: Any, at: Any) -> list[Any]:
         return [y[emit.ramp(at + step, self.lanes)] for step in self.steps(self.geometry.y)]
 
     def _residual(self, ops: _Operands, where: _Where, channel: Any) -> list[Any]:
@@ -332,6 +337,7 @@ def _sparse_body(k: _Kernel, ops: _Operands, weight: _Csr) -> Callable[[Any, Any
     """The loops inside a tile of the sparse form."""
     block = k.config.out_block
     visits = k.group_out // block
+    all_visits = k.workload.groups * k.in_blocks * visits
     chunk = visits // k.splits()
     x_stride, y_stride = k.views.x.layout.channel_stride, k.views.y.layout.channel_stride
     index = "int64" if k.core.opaque_base else "int32"
@@ -356,10 +362,13 @@ def _sparse_body(k: _Kernel, ops: _Operands, weight: _Csr) -> Callable[[Any, Any
                     if k.workload.pointwise and k.group_out > k.group_in:
                         k.fetch(ops.y, y_base + group * k.group_out * y_stride, weight.order, visit)
                     begin = T.bind(weight.starts[visit])
+                    values = begin
+                    if k.images > 1:
+                        values = T.bind(begin + image * weight.starts[all_visits])
                     weight.fetch(begin + NONZEROS_AHEAD, block)
                     with T.serial(0, weight.starts[visit + 1] - begin) as j:
                         tap = x_block + T.cast(weight.offsets[begin + j], index) * k.lanes
-                        k.multiply(sums, (weight.values, (begin + j) * block), (ops.x, tap))
+                        k.multiply(sums, (weight.values, (values + j) * block), (ops.x, tap))
                     for a in range(block):
                         k.store(ops.y, at[a], sums[a], last)
 
@@ -393,12 +402,29 @@ def sparse_prim_func(k: _Kernel, name: str) -> Any:
 
 
 def pack_sparse(k: _Kernel, weight: FloatArray) -> tuple[NDArray[Any], ...] | None:
-    """values, offsets, starts, order of the weight [O, C / groups, kh, kw].
+    """values, offsets, starts, order of the weight [O, C / groups, kh, kw]; see `in_visits`.
+
+    A mixture has values for each image. None where an offset needs more than 16 bits.
+    """
+    values, offsets, starts, order = in_visits(k, weight)
+    if offsets.size and offsets.max() >= MAX_OFFSET:
+        return None
+    # One value of padding keeps an empty weight's buffers non-empty.
+    return (
+        np.append(np.tile(values, k.images), 0).astype(np.float32),
+        np.append(offsets, 0).astype(np.uint16),
+        starts.astype(np.int32),
+        order.astype(np.uint16),
+    )
+
+
+def in_visits(k: _Kernel, weight: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+    """values, offsets, starts, order of a weight of any dtype, for one image.
 
     A visit works on `out_block` neighbouring output channels in a block of input channels, on the
     union of their nonzeros. Visits come in the order group, block of input channels, number of
     nonzeros: neighbours of one length make the ends of their loops predictable. `order` holds
-    their first channels within the group. None where an offset needs more than 16 bits.
+    their first channels within the group.
     """
     block = k.config.out_block
     stride, lanes = k.views.x.layout.channel_stride, k.lanes
@@ -415,16 +441,7 @@ def pack_sparse(k: _Kernel, weight: FloatArray) -> tuple[NDArray[Any], ...] | No
         counts.append(kept[order].sum(1))
         orders.append(order * block)
     starts = np.cumsum(np.concatenate(counts))
-    flat = np.concatenate(offsets)
-    if flat.size and flat.max() >= MAX_OFFSET:
-        return None
-    # One value of padding keeps an empty weight's buffers non-empty.
-    return (
-        np.append(np.concatenate(values), 0).astype(np.float32),
-        np.append(flat, 0).astype(np.uint16),
-        starts.astype(np.int32),
-        np.concatenate(orders).astype(np.uint16),
-    )
+    return np.concatenate(values), np.concatenate(offsets), starts, np.concatenate(orders)
 
 
 def _by_length(lengths: NDArray[np.int64], splits: int) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from topiarist.schedules.cpu import direct, space
 from topiarist.schedules.cpu.direct import DirectConfig
-from topiarist.schedules.kernel import ConvKernel, ConvSite, Packed
+from topiarist.schedules.kernel import CONSTANT_ONLY, ConvKernel, ConvSite, Packed
 from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets.spec import TargetSpec
 
@@ -43,6 +43,8 @@ class DirectSparse(_Direct):
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
         """Serves any shape; pays only where zeros are many."""
+        if workload.mixture is not None:
+            return None if workload.scattered else "experts have whole positions of the window"
         if workload.sparsity.density > MAX_SPARSE_DENSITY:
             return f"density {workload.sparsity.density:.2f} is above {MAX_SPARSE_DENSITY}"
         return None
@@ -110,8 +112,8 @@ class DirectDense(_Direct):
     tries = 8
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
-        """Serves every convolution."""
-        return None
+        """Serves every convolution with constant weights."""
+        return None if workload.mixture is None else CONSTANT_ONLY
 
     def knobs(self, site: ConvSite) -> list[DirectConfig]:
         """Tiles of vectors by output channels, blocks of input channels, order of the loops."""

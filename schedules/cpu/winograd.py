@@ -26,7 +26,13 @@ from topiarist.schedules.cpu.ahead import Ahead
 from topiarist.schedules.cpu.core import Core, core_of
 from topiarist.schedules.cpu.direct import refuses_views
 from topiarist.schedules.cpu.minimal_filter import MOST_PRODUCTS, MinimalFilter
-from topiarist.schedules.kernel import ConvKernel, ConvSite, KernelConfig, Packed
+from topiarist.schedules.kernel import (
+    CONSTANT_ONLY,
+    ConvKernel,
+    ConvSite,
+    KernelConfig,
+    Packed,
+)
 from topiarist.schedules.layout import View
 from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets.spec import TargetSpec
@@ -340,6 +346,8 @@ class WinogradDense(ConvKernel[WinogradConfig]):
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
         """Serves windows of a few taps per phase of the stride, without groups or dilation."""
+        if workload.mixture is not None:
+            return CONSTANT_ONLY
         taps = _taps(workload)
         if max(taps) == 1:
             return (

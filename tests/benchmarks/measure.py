@@ -73,11 +73,21 @@ def rivals() -> list[str]:
     return ["ort"] + (["openvino"] if importlib.util.find_spec("openvino") else [])
 
 
-def compiled(name: str, model: onnx.ModelProto, folder: Path, *, threads: int = 1) -> Compiled:
-    """Compile a model and compare its outputs with ONNX Runtime's. Raises RuntimeError if wrong."""
+def compiled(
+    name: str,
+    model: onnx.ModelProto,
+    folder: Path,
+    *,
+    threads: int = 1,
+    options: Sequence[str] = (),
+) -> Compiled:
+    """Compile a model and compare its outputs with ONNX Runtime's. Raises RuntimeError if wrong.
+
+    `options` are further ones of the command line.
+    """
     source, bundle = folder / f"{name}.onnx", folder / f"{name}.topi"
     onnx.save(model, source)
-    report, seconds = _compile(source, bundle, threads)
+    report, seconds = _compile(source, bundle, ("--threads", str(threads), *options))
     checked = verify(bundle, source)
     if not checked.passed:
         raise RuntimeError(f"{name}: the outputs differ from ONNX Runtime's by {checked.max_rel}")
@@ -91,12 +101,12 @@ def compiled(name: str, model: onnx.ModelProto, folder: Path, *, threads: int = 
     return Compiled(source, bundle, details)
 
 
-def _compile(source: Path, bundle: Path, threads: int) -> tuple[dict[str, Any], float]:
+def _compile(source: Path, bundle: Path, options: Sequence[str]) -> tuple[dict[str, Any], float]:
     """The compiler's report and seconds, in a process of its own: nothing else's threads."""
     start = time.perf_counter()
     command = (sys.executable, "-m", "topiarist.compiler.cli", "compile", "--json")
     done = subprocess.run(
-        (*command, str(source), "-o", str(bundle), "--threads", str(threads)),
+        (*command, str(source), "-o", str(bundle), *options),
         stdout=subprocess.PIPE,
         check=True,
     )

@@ -126,7 +126,6 @@ def test_what_is_refused(model: Path, images: Path, tmp_path: Path) -> None:
         ((tmp_path / "odd.npz",), "4 classes"),
         ((images, "--lr", 0), "learning rate"),
         ((images, "--bundle", tmp_path), "bundle"),
-        ((images, "--target", "cuda/sm_90"), "GPUs"),
     ):
         result = call(*options, *arguments)
         assert result.exit_code == 2

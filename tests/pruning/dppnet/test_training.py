@@ -66,6 +66,29 @@ def test_frozen_masks_survive_fine_tuning():
         assert all(torch.equal(a, b) for a, b in zip(masks[11], later, strict=True))
 
 
+def test_a_stage_ends_when_few_positions_are_left():
+    """Also when training goes on from a checkpoint of that moment, as the test below does."""
+    model, reports = _network(), []
+    stages = (
+        Stage("prune", "learned", 40, 0.1, threshold_penalty=0.05, until_kept=0.9),
+        Stage("fine-tune", "frozen", 1, 0.01),
+    )
+    train(model, _loader(), TrainSettings(stages), progress=reports.append)
+    pruned = [r for r in reports if r.stage == "prune"]
+    assert len(pruned) < 40 and pruned[-1].kept <= 0.9 < pruned[-2].kept
+    assert reports[-1].stage == "fine-tune" and reports[-1].kept == pruned[-1].kept
+
+
+def test_learns_what_another_network_says():
+    model, teacher, reports = _network(), _network(), []
+    images = torch.randn(8, 3, 8, 8)
+    with torch.no_grad():
+        said = torch.softmax(teacher(images) + torch.arange(4.0), dim=1)
+    stages = three_stages((10, 1, 1), learning_rate=0.1)
+    train(model, [(images, said)], TrainSettings(stages), progress=reports.append)
+    assert reports[-1].loss < reports[0].loss and reports[-1].accuracy >= reports[0].accuracy
+
+
 class _Interrupted(Exception):
     pass
 
