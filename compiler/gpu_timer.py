@@ -11,10 +11,9 @@ import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from topiarist.compiler.cuda_runtime import CudaRuntime
 from topiarist.compiler.measure import REPEATS, Arguments, Timer, calls_of_slice
 from topiarist.compiler.parts import Parts
-from topiarist.errors import BuildError
-from topiarist.targets import detect_cuda
 
 MOST_CALLS = 1000  # of a graph
 _DEFAULT_STREAM = 0
@@ -33,9 +32,7 @@ class GpuTimer(Timer):
 
     def __init__(self, device: Any) -> None:
         super().__init__(1, device=device)
-        library = detect_cuda.runtime_library()
-        assert library is not None  # `detect_cuda.refuses` has asked
-        self._cuda = ctypes.CDLL(library)
+        self._cuda = CudaRuntime()
 
     def repeats(self, function: Callable[..., None], arguments: Arguments) -> tuple[float, ...]:
         """Seconds of a call, each over a graph of calls. Raises BuildError for one that fails."""
@@ -53,43 +50,23 @@ class GpuTimer(Timer):
     ) -> Iterator[Callable[[], float]]:
         """What launches a graph of so many calls once and returns its seconds."""
         stream, graph, executable = (ctypes.c_void_p() for _ in range(3))
-        self._call("StreamCreate", ctypes.byref(stream))
+        self._cuda.call("StreamCreate", ctypes.byref(stream))
         self.device.set_raw_stream(stream.value)
         try:
-            self._call("StreamBeginCapture", stream, _RELAXED)
+            self._cuda.call("StreamBeginCapture", stream, _RELAXED)
             try:
                 for _ in range(number):
                     function(*next(arguments))
             finally:
-                self._call("StreamEndCapture", stream, ctypes.byref(graph))
-            self._call("GraphInstantiate", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
-            yield lambda: self._seconds(executable, stream)
+                self._cuda.call("StreamEndCapture", stream, ctypes.byref(graph))
+            self._cuda.call(
+                "GraphInstantiate", ctypes.byref(executable), graph, ctypes.c_ulonglong(0)
+            )
+            yield lambda: self._cuda.seconds(
+                lambda: self._cuda.call("GraphLaunch", executable, stream), stream
+            )
         finally:
             self.device.set_raw_stream(_DEFAULT_STREAM)
             for name, handle in (("GraphExec", executable), ("Graph", graph), ("Stream", stream)):
                 if handle:
-                    self._call(f"{name}Destroy", handle)
-
-    def _seconds(self, executable: ctypes.c_void_p, stream: ctypes.c_void_p) -> float:
-        """Of one launch of the graph, between two events."""
-        start, end, ms = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_float()
-        for event in (start, end):
-            self._call("EventCreate", ctypes.byref(event))
-        try:
-            self._call("EventRecord", start, stream)
-            self._call("GraphLaunch", executable, stream)
-            self._call("EventRecord", end, stream)
-            self._call("EventSynchronize", end)
-            self._call("EventElapsedTime", ctypes.byref(ms), start, end)
-        finally:
-            for event in (start, end):
-                self._call("EventDestroy", event)
-        return ms.value / 1e3
-
-    def _call(self, name: str, *args: Any) -> None:
-        """A function of CUDA's runtime library."""
-        status = getattr(self._cuda, f"cuda{name}")(*args)
-        if status:
-            text = self._cuda.cudaGetErrorString
-            text.restype = ctypes.c_char_p
-            raise BuildError(f"timing a kernel on the GPU failed: {text(status).decode()}")
+                    self._cuda.call(f"{name}Destroy", handle)
