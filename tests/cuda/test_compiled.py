@@ -62,6 +62,20 @@ def test_one_load_feeds_many_multiply_adds(case: ConvCase) -> None:
     assert 5.5 < sums / loads < 7
 
 
+def test_loads_run_ahead() -> None:
+    """Each value is used after so many more loads, and before its register is loaded again."""
+    (code,) = codes(problem_of(WIDE_POINTWISE), CudaConfig(64, 1, 32, 1))
+    lines = list(code.instructions(64))
+    loads = [i for i, line in enumerate(lines) if line.startswith("ld.")]
+    assert len(loads) == len(code.offsets) > 2 * compiled.AHEAD
+    assert loads[: compiled.AHEAD] == list(range(1, compiled.AHEAD + 1))
+    for load, begin in enumerate(loads[compiled.AHEAD :]):
+        register = lines[begin].split()[1].rstrip(",")
+        uses = [i for i, line in enumerate(lines[:begin]) if f" {register}," in line]
+        assert lines[uses[-1]].startswith("fma.") and uses[-1] == begin - 1
+        assert register == f"v{load % compiled.AHEAD}"
+
+
 def test_neighbouring_pixels_share_the_loads_of_taps() -> None:
     """Three taps of four pixels in a column need six rows, not twelve."""
     problem = problem_of(replace(WIDE, density=1.0))
