@@ -15,6 +15,7 @@ from topiarist.schedules.cuda.kernels import CudaCompiled
 from topiarist.schedules.cuda.thread import CudaConfig, Loops
 from topiarist.schedules.workload import SparsitySignature
 from topiarist.targets import nvrtc
+from topiarist.targets.cuda import GPUS
 
 KERNEL = CudaCompiled()
 WIDE = ConvCase(channels=64, outputs=64, plane=(8, 8), density=0.1)
@@ -121,7 +122,7 @@ def test_it_is_made_for_one_weight() -> None:
 
 
 @pytest.mark.skipif(nvrtc.missing() is not None, reason=nvrtc.missing() or "")
-@pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
+@pytest.mark.parametrize("arch", [gpu.arch for gpu in GPUS])
 def test_machine_code(arch: str) -> None:
     """NVIDIA's compiler takes it, and keeps all in registers."""
     problem = problem_of(replace(WIDE, channels=16))
