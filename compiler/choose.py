@@ -29,7 +29,7 @@ from topiarist.schedules.cpu import linear, relayout
 from topiarist.schedules.cpu.core import core_of
 from topiarist.schedules.cpu.kernels import MAX_SPARSE_DENSITY
 from topiarist.schedules.kernel import ConvKernel, ConvSite, ConvViews, KernelConfig
-from topiarist.schedules.kernels import kernels_for
+from topiarist.schedules.kernels import conv_kernel, kernels_for
 from topiarist.schedules.layout import PlainLayout, View
 from topiarist.schedules.workload import ConvWorkload, signature
 from topiarist.targets.spec import TargetSpec
@@ -243,9 +243,36 @@ class Chooser:
     def advised(self, advice: Advice) -> Plan:
         """The one plan that is left to try."""
         choices = {name: choice for name, choice in self._linears().items() if choice is not None}
-        choices |= {name: Choice(found[0], found) for name, found in advice.candidates.items()}
+        if self.timer is not None and self.target.gpu is not None:  # no trial will time them
+            choices |= self._timed_alone(advice)
+        else:
+            choices |= {name: Choice(found[0], found) for name, found in advice.candidates.items()}
         plan = Plan(advice.layouts, self.workloads, choices, 0.0)
         return replace(plan, total_us=sum(c.chosen.run_us for c in choices.values()))
+
+    def _timed_alone(self, advice: Advice) -> dict[str, Choice]:
+        """What the advised candidates take alone, each layer and those like it once."""
+        found: dict[Hashable, Choice] = {}
+        choices = {}
+        for node in self.graph.nodes:
+            if not isinstance(node, Conv):
+                continue
+            views = conv_views(node, advice.layouts)
+            site = self.parts.site(self.workloads[node.name], views)
+            key = alike(site.workload, views)
+            if key not in found:
+                usable = list(kernels_for(self.target))
+                known = {str(c): c for c in self._known(site, "alone", usable)}
+                timed = [
+                    known.get(str(c))
+                    or self._candidate(conv_kernel(c.kernel), c.config, node, site)
+                    for c in advice.candidates[node.name]
+                    if c.config is not None
+                ]
+                timed.sort(key=lambda candidate: candidate.run_us)
+                found[key] = Choice(timed[0], tuple(timed))
+            choices[node.name] = found[key]
+        return choices
 
     def _as_strict(self) -> Chooser:
         """This one, taking everything from the logs."""

@@ -53,7 +53,8 @@ def inspect_bundle(bundle: Path, as_json: bool) -> None:
     )
     print_explanations({layer.layer: layer.explanation for layer in manifest.layers})
     target = manifest.target
-    say(f"compiled for {target.device_model or target.name}, {manifest.threads} thread(s)")
+    named = target.name if target.gpu is not None else target.device_model or target.name
+    say(f"compiled for {named}, {manifest.threads} thread(s)")
     if target.peak_gflops is not None and target.bandwidth_gbs is not None:
         stated = target.clusters and target.name != registry.HOST
         source = "as its profile states" if stated else "measured"
@@ -61,6 +62,8 @@ def inspect_bundle(bundle: Path, as_json: bool) -> None:
             f"roofline of one core, {source}: {target.peak_gflops:.0f} GFLOP/s, "
             f"{target.bandwidth_gbs:.1f} GB/s from beyond the second-level cache"
         )
+    if target.gpu is not None:
+        say(f"roofline of {target.gpu.model}, by its data sheet: {target.gpu.roofline}")
     if total["run_us"] is not None:
         say(
             f"{len(manifest.layers)} layers take {total['run_us'] / 1e3:.2f} ms, "

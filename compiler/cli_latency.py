@@ -78,11 +78,10 @@ def collect_records(
     budget_s = parse_duration(budget)
     spec = registry.get(target)
     from topiarist.compiler.collect import collect
-    from topiarist.compiler.pipeline import require_cpu, require_measurable
+    from topiarist.compiler.pipeline import require_measurable
     from topiarist.compiler.worker import Worker
     from topiarist.tuning_logs.sources import open_logs
 
-    require_cpu(spec, "model collect")
     require_measurable(spec)
     logs = open_logs(log, spec, shipped=False)
     try:
@@ -253,7 +252,7 @@ def explain(
     from topiarist.compiler.recorded import Device
 
     if network is None:
-        print_json(open_model(model, Device.here(spec, threads).key).card)
+        print_json(open_model(model, Device.of(spec, threads).key).card)
         return
     found = explain_network(network, spec, threads, model, layer, LAYER_FEATURES)
     if as_json:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from topiarist.compiler.analysis import LayerReport
     from topiarist.compiler.compiled import CompiledModel
     from topiarist.compiler.estimate import LayerEstimate
+    from topiarist.targets.spec import TargetSpec
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The ONNX model.")]
 ModelOrBundle = Annotated[
@@ -92,12 +93,19 @@ def _inspect_model(model: Path, target: str, as_json: bool) -> None:
     if estimates:
         dense, best = total["estimated_dense_us"], total["estimated_best_us"]
         say(
-            f"* an estimate for {spec.name}, one core, nothing was timed: "
+            f"* an estimate for {spec.name}, {_what_of(spec)}, nothing was timed: "
             f"{dense / 1e3:.2f} ms dense, {best / 1e3:.2f} ms at best"
         )
         print_explanations({name: e.explanation for name, e in estimates.items()})
     if problem is not None:
         complain(f"this model can't be compiled: {problem}")
+
+
+def _what_of(spec: TargetSpec) -> str:
+    """What of a device an estimate is for."""
+    if spec.gpu is None:
+        return "one core"
+    return f"by {spec.gpu.model}'s data sheet ({spec.gpu.roofline})"
 
 
 def _json(estimate: LayerEstimate | None) -> dict[str, Any] | None:

@@ -337,12 +337,11 @@ def _prune_to_goals(
 ) -> None:
     from topiarist.compiler.guided import GuidedPruner
     from topiarist.compiler.model_files import open_source
-    from topiarist.compiler.pipeline import require_cpu, require_measurable
+    from topiarist.compiler.pipeline import require_measurable
     from topiarist.compiler.report.inputs import Sweep, SweepPoint, write_sweep
     from topiarist.pruning.database import make_folder
 
     spec = registry.get(guidance.target)
-    require_cpu(spec, "prune --speedup")
     require_measurable(spec)
     source = open_source(spec, guidance.threads, guidance.latency_model)
     database, images = _calibrated(model, guidance, progress)

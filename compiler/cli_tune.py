@@ -25,6 +25,7 @@ from topiarist.compiler.cli_output import (
     print_table,
     say,
 )
+from topiarist.errors import TargetError
 from topiarist.targets import registry
 
 if TYPE_CHECKING:
@@ -80,13 +81,11 @@ def tune(
     else:
         budget_s = None
     spec = registry.get(target)
-    from topiarist.compiler.pipeline import require_cpu
     from topiarist.compiler.tune import TuneOptions, tune_model
     from topiarist.tuning_logs.sources import open_logs
 
     named = parse_strategy(strategy)
     options = TuneOptions(budget_s, trials, tuple(layers or ()), named, seed)
-    require_cpu(spec, "tune")
     logs = open_logs(log, spec)
     with tuning_progress(shown=not as_json) as progress, _machine(spec, threads, tracker, key) as m:
         measurer, where = m
@@ -110,7 +109,10 @@ def tune(
 def _machine(
     spec: TargetSpec, threads: int, tracker: str | None, key: str | None
 ) -> Iterator[tuple[Measurer, OnBoards | None]]:
-    """What measures: this machine, or boards; then it tells of those that failed."""
+    """What measures: this machine, or boards; then it tells of those that failed.
+
+    Raises TargetError, ValueError or BoardError.
+    """
     if tracker is None and key is None:
         from topiarist.compiler.pipeline import require_measurable
         from topiarist.compiler.worker import Worker
@@ -127,6 +129,11 @@ def _machine(
 
     if tracker is None or key is None:
         raise ValueError("--tracker and --key go together: they name the boards to measure on")
+    if spec.gpu is not None:
+        raise TargetError(
+            f"boards time kernels on their processors, not on GPUs: tune {spec.name} on the "
+            "machine that has one, without --tracker"
+        )
     find_linker(spec)  # for its errors
     boards = Boards.find(BoardOptions(parse_address(tracker), key, spec, threads))
     try:

@@ -94,7 +94,8 @@ def collect(
 
     With `models` draws take turns between them; without, chains of convolutions are invented.
     A collection that was stopped goes on with other draws: what the log has advances the seed.
-    Raises ModelError, BuildError, TuningLogError or OutputError.
+    On a GPU layers are timed alone only. Raises ModelError, BuildError, TuningLogError or
+    OutputError.
     """
     start = clock()
     graphs = [simplify(extract_layers(import_model(model))) for model in models]
@@ -105,7 +106,8 @@ def collect(
         if record.input.target == device.key and is_current(record.input)
     ]
     random = np.random.default_rng((seed, len(known)))
-    guide, steady, drift = _Guide(known), Steady(measurer), Drift()
+    # Calls of a network on a GPU can't be timed one by one (`gpu_network.py`).
+    guide, steady, drift = _Guide(known, target.gpu is None), Steady(measurer), Drift()
     draws = count = 0
     while clock() - start < budget_s:
         if draws % RETRAIN_EVERY == 0:
@@ -127,8 +129,9 @@ def collect(
 class _Guide:
     """What is known so far: which kernels are promising, and which layers the model gets wrong."""
 
-    def __init__(self, known: Sequence[TuningRecord]) -> None:
+    def __init__(self, known: Sequence[TuningRecord], networks: bool) -> None:
         self.records = list(known)
+        self.networks = networks
         self.model: LatencyModel | None = None
         self.error: float | None = None  # the median on the last records
         self._wrong: deque[Geometry] = deque(maxlen=REMEMBERED)
@@ -140,9 +143,9 @@ class _Guide:
 
     @property
     def lacks_networks(self) -> bool:
-        """Whether records from networks are few."""
+        """Whether records from networks are few, and can be had."""
         count = sum(record.measured == "in network" for record in self.records)
-        return count < IN_NETWORK * len(self.records)
+        return self.networks and count < IN_NETWORK * len(self.records)
 
     def train(self) -> None:
         """Train on all records, if they are enough."""

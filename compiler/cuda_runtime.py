@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Callable
 from typing import Any
 
-from topiarist.errors import BuildError
+from topiarist.errors import GpuError
 from topiarist.targets import detect_cuda
 
 
@@ -19,12 +19,12 @@ class CudaRuntime:
         self._library = ctypes.CDLL(library)
 
     def call(self, name: str, *args: Any) -> None:
-        """A function by its name without `cuda`. Raises BuildError with its message."""
+        """A function by its name without `cuda`. Raises GpuError with its message."""
         status = getattr(self._library, f"cuda{name}")(*args)
         if status:
             text = self._library.cudaGetErrorString
             text.restype = ctypes.c_char_p
-            raise BuildError(f"timing on the GPU failed: {text(status).decode()}")
+            raise GpuError(f"the GPU failed to run a kernel: {text(status).decode()}")
 
     def seconds(self, launch: Callable[[], object], stream: ctypes.c_void_p | None = None) -> float:
         """What the GPU needs for what is launched on a stream, by its own clock."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
 from topiarist.compiler.graph import Conv, Graph, Linear
-from topiarist.compiler.model_files import open_model, open_source
+from topiarist.compiler.model_files import open_model, open_source, serving
 from topiarist.compiler.prices import SPARSE_KERNELS, Learned, Price, open_prices
 from topiarist.compiler.recorded import Device, is_current
 from topiarist.compiler.runtime import versions
@@ -230,7 +230,8 @@ def explain_network(
 
     Raises ModelError for an unknown layer, CostModelError.
     """
-    found, graph = open_model(latency_model, Device.here(target, threads).key), _graph(model)
+    key = Device.of(target, threads).key
+    found, graph = serving(open_model(latency_model, key), key, target), _graph(model)
     known = [node.name for node in graph.nodes if isinstance(node, Conv | Linear)]
     if layer is not None and layer not in known:
         raise ModelError(f"no layer is called {layer}; `topiarist inspect` lists them")

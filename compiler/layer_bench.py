@@ -21,8 +21,8 @@ from topiarist.compiler.measure import Arguments, taking_turns
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.runtime import ThreadPool
 from topiarist.compiler.worker import Batch, Layer, Outcome, Stage, Variant
-from topiarist.errors import BoardError
-from topiarist.schedules.cpu import linear
+from topiarist.errors import BoardError, GpuError
+from topiarist.schedules.cpu.linear import LinearShape
 from topiarist.schedules.kernel import ConvSite
 from topiarist.targets.spec import TargetSpec
 
@@ -128,7 +128,10 @@ class LayerBench:
         self._layer: Layer | None = None
 
     def measure(self, layer: Layer, variants: Sequence[Variant]) -> Batch:
-        """All variants that build and are right, timed in turns. Raises BoardError."""
+        """All variants that build and are right, timed in turns.
+
+        Raises BoardError or GpuError.
+        """
         self.tell("prepare", None)
         self._prepare(layer)
         failed: dict[int, Outcome] = {}
@@ -185,7 +188,7 @@ class LayerBench:
             weight = self._layer.weight
             name = self.parts.convolution(variant.kernel, site, variant.config, weight)
             function = self.machine.load(self.parts, name)
-        except BoardError:
+        except (BoardError, GpuError):
             raise
         except Exception as error:  # whatever a kernel's author got wrong
             return Outcome((), "build_error", f"{type(error).__name__}: {error}")
@@ -198,7 +201,7 @@ class LayerBench:
         args = next(built.arguments)
         try:
             self.machine.together(lambda: self.machine.run(built.function, args))
-        except BoardError:
+        except (BoardError, GpuError):
             raise
         except Exception as error:  # as above: arguments that don't fit, say
             return f"{type(error).__name__}: {error}"
@@ -236,8 +239,8 @@ def reference_kernel(parts: Parts, machine: Machine) -> tuple[Any, Arguments]:
 
     Raises BoardError if the machine gets it wrong: then no kernel is to blame for its results.
     """
-    shape = linear.LinearShape(1, 512, 256)
-    lanes = parts.target.lanes
+    shape = LinearShape(1, 512, 256)
+    lanes, linear = parts.target.lanes, parts.operators.linear
     name = parts.function(
         "reference",
         "reference",

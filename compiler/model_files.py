@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from topiarist.compiler.prices import Analytic, Learned, Pricer
+from topiarist.compiler.prices import Analytic, Counted, Learned, Pricer
 from topiarist.compiler.recorded import Device, is_current_kernel
 from topiarist.compiler.roofline import with_roofline
 from topiarist.compiler.runtime import versions
@@ -59,6 +59,13 @@ def open_model(path: Path | None, target: TargetKey) -> LatencyModel:
     return LatencyModel.load(default_model(target) if path is None else path)
 
 
+def serving(model: LatencyModel, key: TargetKey, target: TargetSpec) -> LatencyModel:
+    """The model as the key asks for it: a GPU that is only named is any of its architecture."""
+    named = target.gpu is not None and runs_here(target) is not None
+    alike = model.covers.target == replace(key, device_model=model.covers.target.device_model)
+    return model.standing_for(key) if named and alike else model
+
+
 @dataclass(frozen=True)
 class Source:
     """What prices layers, and its name for people."""
@@ -73,13 +80,14 @@ def open_source(
     """The named model; without a name the user's or the package's if it fits; else the formula.
 
     `device` is the one whose times count, this machine if it is left out. The formula needs the
-    machine's peak and bandwidth, stated by the target or measured here.
+    machine's peak and bandwidth, stated by the target or measured here; for GPUs a count of their
+    work stands in for it. A GPU that is only named is served by a model of any of its architecture.
     Raises CostModelError if a named model covers another target, or none of these will do.
     """
     key = (device or Device.here(target, threads)).key
     file = default_model(key) if path is None else path
     if path is not None or file.exists():
-        model = LatencyModel.load(file)
+        model = serving(LatencyModel.load(file), key, target)
         if model.covers.target == key:
             return Source(Learned(model), f"the latency model {file} ({_records(model)} records)")
         if path is not None:
@@ -87,6 +95,9 @@ def open_source(
     shipped = shipped_model(key)
     if shipped is not None:
         return Source(Learned(shipped.standing_for(key)), _shipped_name(shipped, key))
+    if target.gpu is not None:
+        name = "counted work, which no GPU has confirmed (`topiarist model collect` measures)"
+        return Source(Counted(), name)
     if runs_here(target) is None:
         target = with_roofline(target)
     if target.peak_gflops is None or target.bandwidth_gbs is None:

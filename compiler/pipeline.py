@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from topiarist.compiler import gpu_network
 from topiarist.compiler.build import build, to_relax
 from topiarist.compiler.bundle import check_writable, write_bundle
 from topiarist.compiler.choose import MAX_ERROR, Advice, Chooser, Mode, Plan
@@ -71,8 +72,8 @@ def compile_model(
     same model and logs give the same bundle. `parts` of an earlier compilation for this target and
     number of threads spare making the same machine code again. `advice` names the few candidates
     to measure. `progress(stage, done, total)` is called along the way.
-    Raises ModelError, TargetError, OutputError, BuildError, TuningLogError or, if `strict`,
-    MissingRecordsError, each saying what to do.
+    Raises ModelError, TargetError, OutputError, BuildError, GpuError, TuningLogError or, if
+    `strict`, MissingRecordsError, each saying what to do.
     """
     spec = registry.get(target) if isinstance(target, str) else target
     if measure is None:
@@ -110,10 +111,9 @@ def compile_model(
         progress=report,
     )
     plans = chooser.plans() if advice is None else [chooser.advised(advice)]
-    # A GPU's caches hold a network's data, and it predicts no branches: what a kernel takes alone
-    # is what it takes. And calls could not be timed one by one without waiting for each.
-    on_cpu = spec.gpu is None
-    if on_cpu and mode == "measure" and not all(plan.settled for plan in plans):
+    if mode == "measure" and spec.gpu is not None:
+        plan, program = gpu_network.timed(graph, plans[0], parts, report)
+    elif mode == "measure" and not all(plan.settled for plan in plans):
         plan, program = settle(graph, plans, parts, report, recorded)
     else:
         plan, program = plans[0], lower(graph, plans[0], parts)
@@ -123,7 +123,7 @@ def compile_model(
     executable = build(lowered, spec)
     report("generate code", 1, 1)
 
-    if on_cpu and mode == "measure":
+    if mode == "measure" and spec.gpu is None:
         spec = with_roofline(spec)
     compiled = CompiledModel(
         executable=executable,
@@ -146,9 +146,14 @@ def compile_model(
 
 
 def require_measurable(spec: TargetSpec) -> None:
-    """Kernels are timed here, so this machine has to be able to run them."""
+    """Kernels are timed here, so this machine has to be able to make and run them.
+
+    Raises TargetError.
+    """
     reason = runs_here(spec)
     if reason is None:
+        if spec.gpu is not None:
+            nvrtc.require()
         return
     if spec.gpu is not None:
         remedy = "on a machine with such a GPU, or for another target"
@@ -163,15 +168,6 @@ def require_measurable(spec: TargetSpec) -> None:
         f"{reason}, and this times kernels: do it {remedy}. `topiarist prune --density` and "
         "`topiarist compile --no-measure` time nothing."
     )
-
-
-def require_cpu(spec: TargetSpec, command: str) -> None:
-    """What only CPUs can do yet. Raises TargetError."""
-    if spec.gpu is not None:
-        raise TargetError(
-            f"`topiarist {command}` doesn't work for GPUs yet; `topiarist compile` on a machine "
-            f"with such a GPU times the kernels of {spec.name}"
-        )
 
 
 def _recorded(

@@ -36,6 +36,7 @@ def users_predictor(target: TargetSpec, threads: int) -> Predictor | None:
         return None
     model = LatencyModel.load(file)
     same_device = model.covers.target.device_model == named.key.device_model
-    if not same_device or not holds_today(model.covers):
+    # A GPU's target stands for all of its architecture.
+    if not (same_device or target.gpu is not None) or not holds_today(model.covers):
         return None
     return Predictor(replace(named, key=model.covers.target), Learned(model))

@@ -31,6 +31,8 @@ from topiarist.schedules.workload import ConvWorkload, SparsitySignature, signat
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.boosters import Floats
 from topiarist.tuning_logs.cost_model import LatencyModel
+from topiarist.tuning_logs.costs import Costs
+from topiarist.tuning_logs.features import columns_of, features, table
 from topiarist.tuning_logs.record import MeasureInput
 from topiarist.tuning_logs.roofline import Roofline
 
@@ -68,6 +70,18 @@ class Analytic:
         """Expected, and a rough bound."""
         times = [self.roofline.run_us(w, sparse=w.kernel in SPARSE_KERNELS) for w in whats]
         return np.array(times), 2 * np.array(times)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """By counts at costs that nothing was measured for; twice that as the upper bound."""
+
+    def prices_us(self, whats: Sequence[MeasureInput]) -> tuple[Floats, Floats]:
+        """Expected, and a rough bound."""
+        rows = [features(what) for what in whats]
+        columns = columns_of(rows)
+        times = Costs.rough().predict_us(table(rows, columns), columns)
+        return times, 2 * times
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from topiarist.schedules.cpu.linear import LinearShape
 from topiarist.schedules.kernel import ConvKernel, ConvSite, ConvViews, KernelConfig
 from topiarist.schedules.kernels import CONV_KERNELS, kernels_for
 from topiarist.schedules.layout import View
-from topiarist.targets import detect_cuda, registry
+from topiarist.targets import detect_cuda, gpu_state, registry
 from topiarist.targets.detect import detect, runs_here
+from topiarist.targets.gpu_state import GpuState
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.index import Level, Site
 from topiarist.tuning_logs.record import (
@@ -68,6 +69,10 @@ class Device:
         if target.clusters:  # records of such cores come before those of others
             key = replace(key, cores=target.mcpu)
         return Device(target, key, versions(), loosest)
+
+    def gpu(self) -> GpuState | None:
+        """What this machine's GPU runs with, None for other targets."""
+        return gpu_state.read() if self.target.gpu is not None else None
 
     def what_conv(
         self, site: ConvSite, kernel: ConvKernel[Any], config: KernelConfig
@@ -149,12 +154,13 @@ class Recorded:
     def add(self, what: MeasureInput, seconds: tuple[float, ...]) -> None:
         """Append what was measured alone, if this was asked for."""
         if self.adds:
-            self.logs.append([TuningRecord(what, seconds)])
+            self.logs.append([TuningRecord(what, seconds, gpu=self.device.gpu())])
 
     def add_networks(self, found: Iterable[tuple[MeasureInput, tuple[float, ...]]]) -> None:
         """Append what was measured in a network, if this was asked for."""
         if self.adds:
-            self.logs.append(TuningRecord(what, s, "in network") for what, s in found)
+            gpu = self.device.gpu()
+            self.logs.append(TuningRecord(what, s, "in network", gpu=gpu) for what, s in found)
 
     def convs(self, site: ConvSite, measured: Measured) -> list[Known]:
         """The candidates with a time for a layer in its place, fastest first."""

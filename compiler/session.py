@@ -115,7 +115,7 @@ class Session:
     def gpu_seconds(self) -> float | None:
         """What the GPU needs for one run on the last inputs, without copies; None on a CPU.
 
-        By the GPU's own clock. Raises BuildError where that fails.
+        By the GPU's own clock. Raises GpuError where that fails.
         """
         if self._gpu is None:
             return None

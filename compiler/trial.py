@@ -200,7 +200,7 @@ def medians(runs: Sequence[Callable[[], Seconds]]) -> list[Seconds]:
 
 
 class Trial:
-    """Runs programs in turn on this machine."""
+    """Runs programs in turn on this machine; `prepare` also serves its GPU."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
@@ -231,11 +231,12 @@ class Trial:
         """The program with its functions compiled and all of its buffers filled."""
         compiled = self.parts.compiled(list(program.functions))
         memory = plan_memory(program)
-        storages = [tvm.runtime.tensor(np.zeros(size, np.uint8)) for size in memory.sizes]
+        tensor = partial(tvm.runtime.tensor, device=self.parts.device)
+        storages = [tensor(np.zeros(size, np.uint8)) for size in memory.sizes]
         params = [self._constant(array) for array in program.params]
         random = np.random.default_rng(0)
         inputs = {
-            ref.buffer: tvm.runtime.tensor(random.standard_normal(ref.shape).astype(ref.dtype))
+            ref.buffer: tensor(random.standard_normal(ref.shape).astype(ref.dtype))
             for ref in program.inputs
         }
         calls = []
@@ -255,7 +256,7 @@ class Trial:
     def _constant(self, array: NDArray[Any]) -> Any:
         """The array in aligned memory; programs that share an array share its copy."""
         if id(array) not in self.constants:
-            self.constants[id(array)] = array, tvm.runtime.tensor(array)
+            self.constants[id(array)] = array, tvm.runtime.tensor(array, self.parts.device)
         return self.constants[id(array)][1]
 
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from topiarist.compiler import gpu_network
 from topiarist.compiler.choose import (
     Candidate,
     Chooser,
@@ -412,7 +413,12 @@ def record_of(what: MeasureInput, outcome: Outcome, drift: float | None) -> Tuni
     """What a measurement says."""
     drift = drift if outcome.status == "ok" else None
     return TuningRecord(
-        what, outcome.seconds, status=outcome.status, message=outcome.message, drift=drift
+        what,
+        outcome.seconds,
+        status=outcome.status,
+        message=outcome.message,
+        drift=drift,
+        gpu=outcome.gpu,
     )
 
 
@@ -433,7 +439,7 @@ def tune_model(
 
     They run on this machine, or `where` the measurer has them run. Afterwards `compile --strict`
     from that log builds the fastest network that was found. Raises ModelError, BuildError,
-    BoardError, TuningLogError or OutputError.
+    GpuError, BoardError, TuningLogError or OutputError.
     """
     options = options or TuneOptions()
     report = progress or (lambda step: None)
@@ -481,7 +487,8 @@ def _trial(
 ) -> Plan | None:
     """Run the finalists in the network, unless that was done; what the logs then choose.
 
-    None where the time was over before every layer had a time.
+    On a GPU there is one for each layer. None where the time was over before every layer had a
+    time.
     """
     networks = where.networks(parts) if where else None
 
@@ -501,6 +508,8 @@ def _trial(
 
     if math.isinf(min(tuner.totals())):
         return None
+    if parts.target.gpu is not None:
+        return gpu_network.timed(graph, choose("finalists")[0], parts, step)[0]
     if tuner.measured or not all(plan.settled for plan in choose("strict")):
         with nullcontext() if networks else pinned(parts.threads):
             settle(graph, choose("finalists"), parts, step, recorded, networks)

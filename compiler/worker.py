@@ -1,16 +1,17 @@
 """Candidates are built, checked and timed in a process of their own.
 
-A candidate that hangs is ended after a while, one that crashes takes only that process with it,
-and one that computes something else than the reference is found before it is timed. The repeats of
-a batch's candidates are interleaved, and a reference kernel is timed before each round, so that a
-disturbed machine shows.
+A candidate that hangs is ended after a while, one that crashes takes only that process with it, and
+one that computes something else than the reference is found before it is timed. What a GPU can't
+launch or finish counts as a crash: its process can't use the GPU any more. The repeats of a batch's
+candidates are interleaved, and a reference kernel is timed before each round, so that a disturbed
+machine shows.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any, Literal, Protocol
 
@@ -18,8 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topiarist.compiler.child import Child, end_with
-from topiarist.errors import BuildError
+from topiarist.errors import BuildError, GpuError
 from topiarist.schedules.kernel import ConvKernel, ConvSite, KernelConfig
+from topiarist.targets import gpu_state
+from topiarist.targets.gpu_state import GpuState
 from topiarist.tuning_logs.record import DRIFT_LIMIT, Status, typical_us
 
 Stage = Literal["start", "prepare", "build", "run"]
@@ -46,11 +49,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Every repeat in seconds, or what went wrong."""
+    """Every repeat in seconds, or what went wrong; and what a GPU ran with."""
 
     seconds: tuple[float, ...] = ()
     status: Status = "ok"
     message: str = ""
+    gpu: GpuState | None = None
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,10 @@ class Worker:
         return Batch(tuple(outcomes[i] for i in range(len(variants))), reference)
 
     def _attempt(self, layer: Layer, variants: list[Variant]) -> Batch | tuple[int, Outcome]:
-        """The batch, or which variant ended the process and how."""
+        """The batch, or which variant ended the process and how.
+
+        Raises BuildError where it was none of them.
+        """
         stage: Stage = "start"
         at: int | None = None
         try:
@@ -167,6 +174,9 @@ class Worker:
                 reply = self.child.receive(getattr(self.limits, stage))
                 if isinstance(reply, Batch):
                     return reply
+                if isinstance(reply, Outcome):  # the GPU failed
+                    outcome = reply
+                    break
                 stage, at = reply
         except TimeoutError:
             limit = getattr(self.limits, stage)
@@ -184,13 +194,28 @@ class Worker:
 
 
 def serve(connection: Connection, threads: int, parent: int) -> None:
-    """The other process: answers batches until nobody asks any more."""
-    from topiarist.compiler.layer_bench import Here, LayerBench
+    """The other process: answers batches until nobody asks any more, or its GPU fails."""
+    from topiarist.compiler.gpu_machine import machine_of
+    from topiarist.compiler.layer_bench import LayerBench
     from topiarist.compiler.runtime import pinned
 
     end_with(parent)
+    bench: LayerBench | None = None
     with pinned(threads), contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
-        bench = LayerBench(Here(threads), lambda *stage: connection.send(stage))
         while True:
             layer, variants = connection.recv()
-            connection.send(bench.measure(layer, variants))
+            try:
+                if bench is None:
+                    machine = machine_of(layer.site.target, threads)
+                    bench = LayerBench(machine, lambda *stage: connection.send(stage))
+                batch = bench.measure(layer, variants)
+            except GpuError as error:
+                connection.send(Outcome((), "crash", str(error)))
+                return
+            if layer.site.target.gpu is not None:
+                batch = _with_state(batch, gpu_state.read())
+            connection.send(batch)
+
+
+def _with_state(batch: Batch, state: GpuState) -> Batch:
+    return replace(batch, outcomes=tuple(replace(o, gpu=state) for o in batch.outcomes))

@@ -30,3 +30,9 @@ class Gpu:
     def peak_gflops(self) -> float:
         """fp32 multiply-adds of the whole device, without tensor cores, each counted as two."""
         return 2 * self.multiprocessors * self.fp32_lanes * self.clock_ghz
+
+    @property
+    def roofline(self) -> str:
+        """Its limits for people."""
+        peak = f"{self.peak_gflops / 1e3:.1f} TFLOP/s in fp32 without tensor cores"
+        return f"{peak}, {self.bandwidth_gbs:g} GB/s"

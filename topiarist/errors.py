@@ -25,6 +25,10 @@ class BuildError(TopiaristError):
     """A kernel or a network failed to compile."""
 
 
+class GpuError(TopiaristError):
+    """A GPU failed: it has too little memory, or could not launch or finish a kernel."""
+
+
 class TuningLogError(TopiaristError):
     """A tuning log is altered or unreadable, or was written by a newer version."""
 

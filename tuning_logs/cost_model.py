@@ -200,7 +200,7 @@ class LatencyModel:
         document = {
             "format": FORMAT,
             "schema": SCHEMA,
-            "features": feature_set.VERSION,
+            "features": feature_set.version(self.covers.target.family),
             "columns": self.columns,
             "covers": self.covers.to_json(),
             "card": self.card,
@@ -227,7 +227,7 @@ class LatencyModel:
             raise CostModelError(f"{path} is no latency model, or a torn one: {error}") from error
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise CostModelError(f"{path} is no latency model")
-        if (document.get("schema"), document.get("features")) != (SCHEMA, feature_set.VERSION):
+        if (document.get("schema"), document.get("features")) != (SCHEMA, _version(document)):
             raise CostModelError(
                 f"{path} was made by another version of topiarist, for other features; {_AGAIN}"
             )
@@ -237,6 +237,14 @@ class LatencyModel:
             raise CostModelError(f"{path} is broken, it lacks {error}; {_AGAIN}") from error
         except (TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CostModelError(f"{path} is broken, {error}; {_AGAIN}") from error
+
+
+def _version(document: Mapping[str, Any]) -> int:
+    """That of today's features for what the model is for."""
+    try:
+        return feature_set.version(str(document["covers"]["target"]["family"]))
+    except (KeyError, TypeError):
+        return feature_set.VERSION
 
 
 def _from_json(document: dict[str, Any]) -> LatencyModel:

@@ -71,6 +71,15 @@ _DEPTHWISE = _MEMORY | {
 }
 _LINEAR = {"calls": 3000.0, "fmas": 0.5, "weight_lines": 8.0}
 _OTHER = {"calls": 1000.0, "bytes_moved": 0.12}
+# GPUs: a launch, and what their figures say of instructions, loads and bytes, which overlap.
+_FAR = {"memory_ns": 2.0}
+_GPU = _FAR | {
+    "calls": 6000.0,
+    "issue_ns": 2.0,
+    "load_ns": 1.0,
+    "wait_ns": 1.0,
+    "code_bytes": 0.001,
+}
 _ROUGH: dict[str, Mapping[str, float]] = {
     "direct_dense": _TILED,
     "direct_sparse": _TILED,
@@ -78,8 +87,12 @@ _ROUGH: dict[str, Mapping[str, float]] = {
     "block8_sparse": _TILED,
     "winograd_dense": _WINOGRAD,
     "depthwise": _DEPTHWISE,
-    "dense_linear": _LINEAR,
-    "sparse_linear": _LINEAR,
+    "dense_linear": _LINEAR | _FAR,
+    "sparse_linear": _LINEAR | _FAR,
+    "cuda_dense": _GPU,
+    "cuda_tiled": _GPU,
+    "cuda_sparse": _GPU,
+    "cuda_compiled": _GPU,
 }
 
 

@@ -17,7 +17,7 @@ FAR_BYTES = 2 * 1024 * 1024.0  # a second-level cache
 LINE = 64.0
 REGISTERS = 32.0
 
-_ALIKE = {"block4x1": 4, "block8x1": 8}  # output channels that share their zeros
+ALIKE = {"block4x1": 4, "block8x1": 8}  # output channels that share their zeros
 _TILED = tuple(
     [f"config.{name}" for name in ("rows", "cols")]
     + [f"workload.{name}.{i}" for name in ("kernel", "strides", "dilation") for i in (0, 1)]
@@ -84,7 +84,7 @@ def _tiled(
     block = max(get("config.out_block", 1.0), 1.0)
     in_block = max(min(get("config.in_block", inputs), inputs), 1.0)
     sparse = "workload.sparsity.density" in n
-    alike = next((b for p, b in _ALIKE.items() if get(f"workload.sparsity.pattern={p}")), 1)
+    alike = next((b for p, b in ALIKE.items() if get(f"workload.sparsity.pattern={p}")), 1)
     union = 1 - (1 - density(n)) ** max(1.0, block / alike)
     tiles, rows = vectors / tile, outputs / block
     columns = tiles * rows * inputs * taps * union

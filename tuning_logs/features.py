@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from topiarist.targets.gpu import Gpu
 from topiarist.tuning_logs.counts import counts
+from topiarist.tuning_logs.gpu_counts import gpu_counts, gpu_of
 from topiarist.tuning_logs.record import MeasureInput
 
 Features = Mapping[str, float]
 VERSION = 3  # of the features: raised when a name or its meaning changes
+GPU_VERSION = 4  # the same on GPUs, which have counts of their own
 
 _SKIP_ZEROS = frozenset(
     {
@@ -52,7 +55,12 @@ def features(what: MeasureInput) -> dict[str, float]:
     found["residual"] = float(what.residual_layout != "none")
     found["lanes"], found["threads"] = float(what.target.lanes), float(what.target.threads)
     found[f"isa={what.target.isa}"] = 1.0
-    return found | _work(found)
+    return found | _work(found, gpu_of(what.target.family, what.target.isa))
+
+
+def version(family: str) -> int:
+    """The version of the features of a family's candidates."""
+    return GPU_VERSION if family == "cuda" else VERSION
 
 
 def table(rows: Sequence[Features], columns: Sequence[str]) -> NDArray[np.float32]:
@@ -97,6 +105,7 @@ def _layout(place: str, text: str) -> dict[str, float]:
     return found
 
 
-def _work(n: Features) -> dict[str, float]:
+def _work(n: Features, gpu: Gpu | None) -> dict[str, float]:
     """What the kernel has to do, as logarithms of counts of one or more."""
-    return {f"{LOG}{name}": math.log(max(count, 1.0)) for name, count in counts(n).items()}
+    found = counts(n) if gpu is None else gpu_counts(n, gpu)
+    return {f"{LOG}{name}": math.log(max(count, 1.0)) for name, count in found.items()}

@@ -236,7 +236,7 @@ def _pattern(text: bytes) -> re.Pattern[bytes]:
     parts = {
         b"TEXT": rb'"[^"\\]*(?:\\.[^"\\]*)*"',
         b"NUMBER": rb"\d+(?:\.\d+)?(?:e[+-]?\d+)?",
-        b"SCHEMA": rb"[2%d]" % SCHEMA,
+        b"SCHEMA": rb"[2-%d]" % SCHEMA,
     }
     for name, pattern in parts.items():
         text = text.replace(name, pattern)
@@ -248,7 +248,8 @@ _SPARSITY = _pattern(
     rb'"row_quantiles":\[[\d,]*\]\}'
 )
 _LINE = _pattern(
-    rb'\{"config":(\{[^{}]*\}),"drift":(null|NUMBER),"input_layout":(TEXT),"kernel":(TEXT),'
+    rb'\{"config":(\{[^{}]*\}),"drift":(null|NUMBER),(?:"gpu":\{[^{}]*\},)?'
+    rb'"input_layout":(TEXT),"kernel":(TEXT),'
     rb'"kernel_version":(\d+),"measured":(TEXT),"message":TEXT,"output_layout":(TEXT),'
     rb'"residual_layout":(TEXT),"schema":SCHEMA,"seconds":\[[^\]"]*\],"status":TEXT,'
     rb'"target":\{(?:"cores":(TEXT),)?"device_model":(TEXT),("family":TEXT,"isa":TEXT,"lanes":\d+,"threads":\d+)\},'

@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from topiarist.errors import NewerLogError, TuningLogError
+from topiarist.targets.gpu_state import GpuState
 
 if TYPE_CHECKING:  # importing the kernels would import TVM, which reading a log doesn't need
     from topiarist.schedules.kernel import ConvKernel, ConvViews, KernelConfig
@@ -27,8 +28,9 @@ if TYPE_CHECKING:  # importing the kernels would import TVM, which reading a log
 Status = Literal["ok", "build_error", "timeout", "crash", "wrong_result"]
 Measured = Literal["alone", "in network"]
 
-SCHEMA = 3  # 1 lacks `drift` and the status `crash`; only 3 has cores, and lines without keep 2
-_WITHOUT_CORES = 2
+# 1 lacks `drift` and the status `crash`; only 3 has cores, only 4 `gpu`; lines without keep 2.
+SCHEMA = 4
+_PLAIN, _WITH_CORES = 2, 3
 STATUSES: tuple[Status, ...] = ("ok", "build_error", "timeout", "crash", "wrong_result")
 MEASURED: tuple[Measured, ...] = ("alone", "in network")
 PACKAGES = ("topiarist", "apache-tvm", "apache-tvm-ffi")  # whose versions a record names
@@ -197,8 +199,9 @@ class TuningRecord:
 
     `measured` tells a kernel timed alone from one inside a whole network. `message` is empty for
     status ok and required otherwise. `drift` is how steady the machine was: the slowest over the
-    fastest time of a reference kernel around the measurement, None if nobody looked. Raises
-    ValueError naming a field that does not fit.
+    fastest time of a reference kernel around the measurement, None if nobody looked. `gpu` is what
+    a GPU ran with, None on CPUs and in lines of older versions. Raises ValueError naming a field
+    that does not fit.
     """
 
     input: MeasureInput
@@ -207,6 +210,7 @@ class TuningRecord:
     status: Status = "ok"
     message: str = ""
     drift: float | None = None
+    gpu: GpuState | None = None
     timestamp: str = field(default_factory=now)
 
     def __post_init__(self) -> None:
@@ -222,6 +226,8 @@ class TuningRecord:
         text = self.message.encode("utf-8", "replace").decode()
         object.__setattr__(self, "message", text[-MESSAGE_LIMIT:])
         object.__setattr__(self, "drift", _drift(self.drift))
+        if self.gpu is not None and self.input.target.cores:
+            raise ValueError("gpu does not go with cores")
         _check_timestamp(self.timestamp)
 
     @property
@@ -253,10 +259,12 @@ class TuningRecord:
 
     def to_line(self) -> str:
         """One line of ASCII JSON with sorted keys, without the newline."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in _RESULT_FIELDS}
+        values: dict[str, Any] = {n: getattr(self, n) for n in _RESULT_FIELDS if n != "gpu"}
         values |= {name: getattr(self.input, name) for name in _INPUT_FIELDS}
         values["target"] = self.input.target.to_json()
-        schema = SCHEMA if self.input.target.cores else _WITHOUT_CORES
+        schema = _WITH_CORES if self.input.target.cores else _PLAIN
+        if self.gpu is not None:
+            schema, values["gpu"] = SCHEMA, asdict(self.gpu)
         return encode(values | {"schema": schema, "workload_key": self.input.workload_key})
 
     @staticmethod
@@ -267,7 +275,9 @@ class TuningRecord:
             schema = _check_schema(values)
             if schema < 2:
                 values = _with_drift(values)
-            _check_names("the record", values, _LINE_FIELDS)
+            _check_names(
+                "the record", values, _LINE_FIELDS if schema == SCHEMA else _LINE_FIELDS - {"gpu"}
+            )
             return _from_json(values, schema)
         except ValueError as error:
             raise TuningLogError(str(error)) from error
@@ -315,7 +325,7 @@ def _from_json(values: dict[str, Any], schema: int) -> TuningRecord:
         raise ValueError("target is no JSON object")
     if not isinstance(seconds, list):
         raise ValueError("seconds is no list")
-    if schema > _WITHOUT_CORES:
+    if schema == _WITH_CORES:
         _check_names("target", target, _TARGET_FIELDS)
         _check_text("cores", target["cores"])
     else:
@@ -324,7 +334,12 @@ def _from_json(values: dict[str, Any], schema: int) -> TuningRecord:
     what = MeasureInput(**rest, target=TargetKey(**target))
     if values["workload_key"] != what.workload_key:
         raise ValueError(f"workload_key is not {what.workload_key}, the hash of the workload")
-    results = {name: values[name] for name in _RESULT_FIELDS}
+    results = {name: values[name] for name in _RESULT_FIELDS if name in values}
+    if schema == SCHEMA:
+        if not isinstance(values["gpu"], dict):
+            raise ValueError("gpu is no JSON object")
+        _check_names("gpu", values["gpu"], _GPU_FIELDS)
+        results["gpu"] = GpuState(**values["gpu"])
     if isinstance(values["message"], str) and len(values["message"]) > MESSAGE_LIMIT:
         raise ValueError(f"message has more than {MESSAGE_LIMIT} characters")
     return TuningRecord(what, **results)
@@ -439,6 +454,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_consta
 encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 _LAYOUTS = ("input_layout", "output_layout", "residual_layout")
 _TARGET_FIELDS = frozenset(_names(TargetKey))
+_GPU_FIELDS = frozenset(_names(GpuState))
 _INPUT_FIELDS = tuple(name for name in _names(MeasureInput) if name != "target")
 _RESULT_FIELDS = tuple(name for name in _names(TuningRecord) if name != "input")
 _LINE_FIELDS = frozenset((*_INPUT_FIELDS, *_RESULT_FIELDS, "schema", "target", "workload_key"))

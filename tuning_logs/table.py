@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
+from topiarist.targets.gpu_state import GpuState
 from topiarist.tuning_logs.record import Measured, TuningRecord
 from topiarist.tuning_logs.store import most_credible
 
@@ -18,7 +19,7 @@ COLUMNS = (
     *("family", "isa", "lanes", "device_model", "threads", "cores"),
     *("topiarist", "apache_tvm", "apache_tvm_ffi"),
     *("measured", "status", "message", "run_us", "min_us", "max_us", "repeats", "drift"),
-    "timestamp",
+    *("sm_mhz", "memory_mhz", "driver", "cuda", "timestamp"),
 )
 
 
@@ -49,6 +50,7 @@ def row(record: TuningRecord) -> dict[str, Any]:
         "max_us": max(record.seconds) * 1e6 if ok else None,
         "repeats": len(record.seconds),
         "drift": record.drift,
+        **asdict(record.gpu or GpuState()),
         "timestamp": record.timestamp,
     }
 

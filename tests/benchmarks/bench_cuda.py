@@ -33,7 +33,7 @@ from rich.table import Table
 from tests.benchmarks import gpu_rivals, measure
 from tests.benchmarks.layers import RESNET50, graph_of, weights
 from topiarist.compiler.choose import Candidate, Choice, Chooser, Mode, Plan
-from topiarist.compiler.gpu_timer import GpuTimer
+from topiarist.compiler.gpu_timer import Launches
 from topiarist.compiler.graph import Graph
 from topiarist.compiler.lower import lower
 from topiarist.compiler.parts import Parts
@@ -180,7 +180,7 @@ def measured(case: Case, target: TargetSpec, recorded: Recorded) -> Measured:
     """Choose by time, check, and time against the dense rivals."""
     chosen = choose(case, target, "measure", recorded)
     x = np.random.default_rng(1).standard_normal(chosen.graph.values["x"].shape, np.float32)
-    timer = GpuTimer(chosen.parts.device)
+    timer = Launches(chosen.parts.device)
     ours, rival = _ours(chosen, x), _dlight(case, chosen.parts, x)
     error = float(np.abs(ours.output() - rival.output()).max() / np.abs(rival.output()).max())
     if error > TOLERANCE:
@@ -213,7 +213,7 @@ class Run:
         return self.unpack(self.copies[0][-1].numpy())
 
     @contextlib.contextmanager
-    def captured(self, timer: GpuTimer) -> Iterator[Callable[[], float]]:
+    def captured(self, timer: Launches) -> Iterator[Callable[[], float]]:
         """What launches a CUDA graph of many calls and returns the seconds of one."""
         with timer.graph(self.function, itertools.cycle(self.copies), CALLS) as seconds:
             yield lambda: seconds() / CALLS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -12,9 +13,14 @@ from tests.cuda import emulation
 
 
 @pytest.fixture(scope="session")
-def gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExecutor]:
+def gpu_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the driver and its kernels are."""
+    return tmp_path_factory.mktemp("gpu")
+
+
+@pytest.fixture(scope="session")
+def gpu(gpu_folder: Path) -> Iterator[ProcessPoolExecutor]:
     """Submit functions of test modules; a crash of a kernel breaks it."""
-    folder = tmp_path_factory.mktemp("gpu")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, emulation.load, (folder,)) as process:
+    with ProcessPoolExecutor(1, context, emulation.load, (gpu_folder,)) as process:
         yield process

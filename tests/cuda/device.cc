@@ -45,10 +45,15 @@ static std::map<void*, std::pair<void*, size_t>> mapped;
 static Graph* capturing;
 static const size_t kPage = 4096, kAlignment = 256;
 static const int kOk = 0, kInvalidValue = 1, kOutOfMemory = 2, kNotFound = 500;
+static const int kOutOfResources = 701;
 
 // What the device has left for new buffers.
 extern "C" size_t emulated_memory;
 size_t emulated_memory = ~static_cast<size_t>(0);
+
+// How many threads of a block have the registers that they need.
+extern "C" int emulated_threads;
+int emulated_threads = 1024;
 
 // What a test may ask: launches since the start, by themselves and in graphs.
 extern "C" int emulated_launches, emulated_graphs;
@@ -74,6 +79,8 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
   return kOk;
 }
 int cuLaunchKernelEx(const Config* config, void* function, void** params, void**) {
+  const unsigned* block = config->block;
+  if (block[0] * block[1] * block[2] > emulated_threads) return kOutOfResources;
   Kernel* kernel = static_cast<Kernel*>(function);
   Launch launch{kernel, {}, {}};
   for (int i = 0; i < kernel->params; i++) {
@@ -92,11 +99,19 @@ int cuLaunchKernelEx(const Config* config, void* function, void** params, void**
   return kOk;
 }
 int cuFuncSetAttribute(void*, int, int) { return kOk; }
-int cuGetErrorName(int, const char** text) { return *text = "emulated error", kOk; }
+int cuGetErrorName(int error, const char** text) {
+  *text = error == kOutOfResources ? "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES" : "emulated error";
+  return kOk;
+}
 int cuGetErrorString(int, const char** text) { return *text = "emulated error", kOk; }
 int cuTensorMapEncodeTiled() { return kInvalidValue; }
 int cuDeviceGetName(char* name, int size, int) {
   strncpy(name, "emulated", size);
+  return kOk;
+}
+
+int cuDeviceGetPCIBusId(char* name, int size, int) {
+  strncpy(name, "0000:01:00.0", size);
   return kOk;
 }
 

@@ -5,10 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import hashlib
+import json
 import re
 import subprocess
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +32,24 @@ _loaded: list[ctypes.CDLL] = []
 
 
 def load(folder: Path) -> None:
-    """Make the driver and let TVM find it; kernels are compiled into the folder."""
+    """Make the driver and let TVM find it; kernels are compiled into the folder.
+
+    So do processes that measure kernels and are started from here.
+    """
     import tvm
     import tvm_ffi
 
+    from topiarist.compiler import worker
     from topiarist.targets import nvrtc
 
-    runtime, driver = folder / "libcudart.so.13", folder / "libcuda.so.1"
-    script = folder / "version.script"
-    script.write_text("libcudart.so.13 { global: *; };\n")
-    source, empty = str(HERE / "device.cc"), folder / "empty.c"
-    empty.write_text("")
-    versioned = f"-Wl,-soname,{runtime.name},--version-script={script}"
-    subprocess.run([*_GXX, "-O1", source, versioned, "-o", runtime], check=True)
-    named = f"-Wl,-soname,{driver.name},--no-as-needed"
-    subprocess.run([*_GXX, empty, named, runtime, "-o", driver], check=True)
-    _loaded.extend(ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL) for library in (runtime, driver))
+    libraries = [folder / name for name in ("libcudart.so.13", "libcuda.so.1", "libnvidia-ml.so.1")]
+    if not libraries[-1].exists():
+        _make(*libraries)
+    _loaded.extend(ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL) for library in libraries)
     _loaded.append(ctypes.CDLL(str(Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so")))
+    if (folder / "limits.json").exists():
+        limit(**json.loads((folder / "limits.json").read_text()))
+    worker.serve = functools.partial(_serve, folder)
 
     def compile_source(source: str, arch: str, *, ptx: bool = False) -> nvrtc.Compiled:
         return nvrtc.Compiled(compile_for_processor(source, folder), "")
@@ -56,6 +62,27 @@ def load(folder: Path) -> None:
     )
 
 
+def _serve(folder: Path, connection: Connection, threads: int, parent: int) -> None:
+    """`worker.serve` in a process that has the GPU."""
+    from topiarist.compiler.worker import serve
+
+    load(folder)
+    serve(connection, threads, parent)
+
+
+def _make(runtime: Path, driver: Path, nvml: Path) -> None:
+    folder = runtime.parent
+    script = folder / "version.script"
+    script.write_text("libcudart.so.13 { global: *; };\n")
+    source, empty = str(HERE / "device.cc"), folder / "empty.c"
+    empty.write_text("")
+    versioned = f"-Wl,-soname,{runtime.name},--version-script={script}"
+    subprocess.run([*_GXX, "-O1", source, versioned, "-o", runtime], check=True)
+    named = f"-Wl,-soname,{driver.name},--no-as-needed"
+    subprocess.run([*_GXX, empty, named, runtime, "-o", driver], check=True)
+    subprocess.run([*_GXX, HERE / "nvml.cc", f"-Wl,-soname,{nvml.name}", "-o", nvml], check=True)
+
+
 def launches() -> tuple[int, int]:
     """Kernels that were launched by themselves, and graphs."""
     counters = ("emulated_launches", "emulated_graphs")
@@ -64,7 +91,23 @@ def launches() -> tuple[int, int]:
 
 def grant_memory(size: int) -> None:
     """How much memory the GPU has left for new buffers."""
-    ctypes.c_size_t.in_dll(_loaded[0], "emulated_memory").value = size
+    limit(memory=size)
+
+
+def limit(**values: int) -> None:
+    """What the GPU of this process has: `memory`, `threads` of a block."""
+    for name, value in values.items():
+        kind = ctypes.c_size_t if name == "memory" else ctypes.c_int
+        kind.in_dll(_loaded[0], f"emulated_{name}").value = value
+
+
+@contextlib.contextmanager
+def limited_workers(folder: Path, **values: int) -> Iterator[None]:
+    """As `limit`, of the processes that measure kernels and are started meanwhile."""
+    file = folder / "limits.json"
+    file.write_text(json.dumps(values))
+    yield
+    file.unlink()
 
 
 def compile_for_processor(source: str, folder: Path) -> bytes:

@@ -15,6 +15,8 @@ from topiarist.schedules.kernel import ConvViews
 from topiarist.schedules.kernels import conv_kernel
 from topiarist.schedules.layout import LaneLayout, View, make_grid, whole
 from topiarist.targets import registry
+from topiarist.targets.gpu_state import GpuState
+from topiarist.tuning_logs.index import _LINE
 from topiarist.tuning_logs.record import (
     MESSAGE_LIMIT,
     MeasureInput,
@@ -288,8 +290,8 @@ def test_an_altered_workload_no_longer_has_its_key(record):
 
 
 def test_a_newer_schema_asks_for_an_upgrade(record):
-    line = record().to_line().replace('"schema":2', '"schema":4,"more":[]')
-    with pytest.raises(NewerLogError, match=r"schema 4 is newer .* upgrade topiarist"):
+    line = record().to_line().replace('"schema":2', '"schema":5,"more":[]')
+    with pytest.raises(NewerLogError, match=r"schema 5 is newer .* upgrade topiarist"):
         TuningRecord.from_line(line)
 
 
@@ -304,6 +306,30 @@ def test_only_lines_with_cores_have_schema_3(record):
         TuningRecord.from_line(plain.to_line().replace('"schema":2', '"schema":3'))
     with pytest.raises(TuningLogError, match="cores is ''"):
         TuningRecord.from_line(board.to_line().replace("cortex-a76 4-7", ""))
+
+
+def test_only_lines_of_gpus_have_schema_4(record):
+    """What the GPU ran with is part of the outcome; nobody has to tell any of it."""
+    plain, seen = record(), GpuState(1980, 2619, "580.65.06", "13.0")
+    for state in (seen, GpuState(), GpuState(cuda="13.0")):
+        made = record(gpu=state)
+        line = made.to_line()
+        assert '"schema":4' in line and TuningRecord.from_line(line) == made
+        assert _LINE.fullmatch(line.encode())  # found without being read
+        assert made.measurement_key == plain.measurement_key and made.id != plain.id
+    with pytest.raises(TuningLogError, match="unknown field 'gpu'"):
+        TuningRecord.from_line(line.replace('"schema":4', '"schema":2'))
+    with pytest.raises(TuningLogError, match="lacks gpu"):
+        TuningRecord.from_line(plain.to_line().replace('"schema":2', '"schema":4'))
+    for old, new, why in (
+        ('"driver":null', '"driver":""', "gpu.driver"),
+        ('"sm_mhz":null', '"sm_mhz":-1', "gpu.sm_mhz"),
+        ('"sm_mhz":null', '"mhz":1', "unknown field 'mhz'|lacks sm_mhz"),
+    ):
+        with pytest.raises(TuningLogError, match=why):
+            TuningRecord.from_line(line.replace(old, new))
+    with pytest.raises(ValueError, match="does not go with cores"):
+        record(gpu=seen, cores="cortex-a76 4-7")
 
 
 def test_a_line_of_schema_1_says_nothing_of_drift(record):
