@@ -54,13 +54,17 @@ class Ratio:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """`engines` by name, ours first; `ratio` by the other's name, above 1 where ours is faster."""
+    """`engines` by name, ours first; `ratio` by the other's name, above 1 where ours is faster.
+
+    `gpu` is what our part on a GPU takes of that, None on a CPU.
+    """
 
     engines: dict[str, Timing]
     ratio: dict[str, Ratio]
     rounds: int
     threads: int
     batch: int | None
+    gpu: Timing | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The result as plain JSON values."""
@@ -93,12 +97,14 @@ def bench(
         contestants += [engines.open_engine(n, source, feeds, threads) for n in against]
     samples = time_in_turns(contestants, seconds=seconds, rounds=runs, clock=clock, sleep=sleep)
     shape = manifest.inputs[0].shape
+    on_gpu = [s for _ in samples[OURS] if (s := contestants[0].gpu_seconds()) is not None]
     return BenchResult(
         engines={e.name: _timing(e, samples[e.name]) for e in contestants},
         ratio={n: ratio_interval(samples[n], samples[OURS]) for n in against},
         rounds=len(samples[OURS]),
         threads=threads,
         batch=shape[0] if shape else None,
+        gpu=_timing(contestants[0], on_gpu) if on_gpu else None,
     )
 
 

@@ -201,6 +201,8 @@ def _print_measured(result: BenchResult) -> None:
             for name, t in result.engines.items()
         ],
     )
+    if result.gpu is not None:
+        say(f"{result.gpu.median_ms:.3f} ms of that on the GPU itself, without copies")
     for name, r in result.ratio.items():
         say(f"{r.median:.2f}x the speed of {name} (95 % interval {r.low:.2f} to {r.high:.2f})")
 

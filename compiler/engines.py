@@ -19,12 +19,16 @@ OURS = "topiarist"
 
 @dataclass(frozen=True)
 class Engine:
-    """Something to time: `run()` is one inference on inputs that it holds."""
+    """Something to time: `run()` is one inference on inputs that it holds.
+
+    `gpu_seconds()` is what a GPU needs for it, without the way there and back; None without one.
+    """
 
     name: str
     threads: int
     version: str
     run: Callable[[], object]
+    gpu_seconds: Callable[[], float | None] = lambda: None
 
 
 def check_names(names: list[str]) -> None:
@@ -38,7 +42,7 @@ def open_bundle(bundle: Path, feeds: Mapping[str, Array], threads: int) -> Engin
     """The bundle as an engine."""
     session = Session(bundle, threads=threads)
     version = session.manifest.versions.get("topiarist", "none")
-    return Engine(OURS, threads, version, lambda: session.run(None, feeds))
+    return Engine(OURS, threads, version, lambda: session.run(None, feeds), session.gpu_seconds)
 
 
 def open_engine(name: str, model: Path, feeds: Mapping[str, Array], threads: int) -> Engine:

@@ -13,11 +13,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from topiarist.compiler.cuda_runtime import CudaRuntime
 from topiarist.compiler.measure import REPEATS, Arguments, Timer, calls_of_slice
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Ref
 from topiarist.errors import GpuError
-from topiarist.targets import detect_cuda
 
 MOST_CALLS = 1000  # of a graph
 _DEFAULT_STREAM = 0
@@ -47,9 +47,7 @@ class Launches:
     """Times calls that launch kernels on a device, captured as a graph."""
 
     def __init__(self, device: Any) -> None:
-        library = detect_cuda.runtime_library()
-        assert library is not None  # `detect_cuda.refuses` has asked
-        self._cuda = ctypes.CDLL(library)
+        self._cuda = CudaRuntime()
         self.device = device
 
     @contextlib.contextmanager
@@ -61,46 +59,26 @@ class Launches:
         The function's machine code has to be loaded, which a capture may not do. Raises GpuError.
         """
         stream, graph, executable = (ctypes.c_void_p() for _ in range(3))
-        self._call("StreamCreate", ctypes.byref(stream))
+        self._cuda.call("StreamCreate", ctypes.byref(stream))
         self.device.set_raw_stream(stream.value)
         try:
-            self._call("StreamBeginCapture", stream, _RELAXED)
+            self._cuda.call("StreamBeginCapture", stream, _RELAXED)
             try:
                 for _ in range(number):
                     function(*next(arguments))
             finally:
-                self._call("StreamEndCapture", stream, ctypes.byref(graph))
-            self._call("GraphInstantiate", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
-            yield lambda: self._seconds(executable, stream)
+                self._cuda.call("StreamEndCapture", stream, ctypes.byref(graph))
+            self._cuda.call(
+                "GraphInstantiate", ctypes.byref(executable), graph, ctypes.c_ulonglong(0)
+            )
+            yield lambda: self._cuda.seconds(
+                lambda: self._cuda.call("GraphLaunch", executable, stream), stream
+            )
         finally:
             self.device.set_raw_stream(_DEFAULT_STREAM)
             for name, handle in (("GraphExec", executable), ("Graph", graph), ("Stream", stream)):
                 if handle:
-                    self._call(f"{name}Destroy", handle)
-
-    def _seconds(self, executable: ctypes.c_void_p, stream: ctypes.c_void_p) -> float:
-        """Of one launch of the graph, between two events."""
-        start, end, ms = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_float()
-        for event in (start, end):
-            self._call("EventCreate", ctypes.byref(event))
-        try:
-            self._call("EventRecord", start, stream)
-            self._call("GraphLaunch", executable, stream)
-            self._call("EventRecord", end, stream)
-            self._call("EventSynchronize", end)
-            self._call("EventElapsedTime", ctypes.byref(ms), start, end)
-        finally:
-            for event in (start, end):
-                self._call("EventDestroy", event)
-        return ms.value / 1e3
-
-    def _call(self, name: str, *args: Any) -> None:
-        """A function of CUDA's runtime library."""
-        status = getattr(self._cuda, f"cuda{name}")(*args)
-        if status:
-            text = self._cuda.cudaGetErrorString
-            text.restype = ctypes.c_char_p
-            raise GpuError(f"the GPU failed to run a kernel: {text(status).decode()}")
+                    self._cuda.call(f"{name}Destroy", handle)
 
 
 class GpuTimer(Timer):

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from topiarist.compiler import runtime
 from topiarist.compiler.bundle import LIBRARY, OpenBundle
 from topiarist.compiler.compiled import TensorSignature
+from topiarist.compiler.cuda_runtime import CudaRuntime
 from topiarist.compiler.gpu_memory import GpuMemory
 from topiarist.compiler.manifest import Manifest
 from topiarist.errors import BundleError, TopiaristError
@@ -110,6 +111,19 @@ class Session:
                 reason = " ".join(str(error).split())
                 raise TopiaristError(f"the GPU failed: {reason[:300]}") from error
         return [results[i] for i in wanted]
+
+    def gpu_seconds(self) -> float | None:
+        """What the GPU needs for one run on the last inputs, without copies; None on a CPU.
+
+        By the GPU's own clock. Raises GpuError where that fails.
+        """
+        if self._gpu is None:
+            return None
+        cuda = CudaRuntime()
+        with self._lock:
+            return self._pool.call(
+                lambda: cuda.seconds(lambda: self._main(*self._arguments, self._params))
+            )
 
     def _run_chunks(self, arrays: list[Array], results: list[Array], chunks: int) -> None:
         for chunk in range(chunks):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from topiarist.schedules.cuda import space
-from topiarist.schedules.cuda.compiled import MOST_CODE, code_of, refuses_config
+from topiarist.schedules.cuda.compiled import AHEAD, MOST_CODE, code_of, refuses_config
 from topiarist.schedules.cuda.space import LAUNCH_US, MOST_SUMS, SCHEDULERS, SPLITS, THREADS
 from topiarist.schedules.cuda.thread import CudaConfig
 from topiarist.schedules.kernel import ConvSite
@@ -22,11 +22,10 @@ from topiarist.targets.gpu import Gpu
 
 PIXELS = (1, 2, 4, 7)
 BLOCKS_OF_CHANNELS = 6  # sizes to try, the largest that divide
-OTHER_REGISTERS = 32  # inputs on their way, addresses
+OTHER_REGISTERS = AHEAD + 16  # inputs on their way, addresses
 INSTRUCTION_BYTES = 16
 FETCH_BYTES = 32  # of new code that a multiprocessor gets in a cycle; an assumption
 LOAD_CYCLES = 200  # until a load from the second-level cache arrives
-LOADS_IN_FLIGHT = 16  # NVIDIA's compiler gathers about so many
 MISALIGNED = 1.5  # lines of 128 bytes that a warp's row of pixels touches, where taps shift it
 
 
@@ -71,7 +70,7 @@ class Estimator:
         resident = min(warps, gpu.threads / WARP, gpu.registers / (WARP * registers))
         issue = warps * (sums + loads) * WARP / min(gpu.fp32_lanes, WARP * SCHEDULERS)
         lines = warps * loads * (1.0 if w.pointwise else MISALIGNED)
-        waiting = warps / resident * (1 + loads / LOADS_IN_FLIGHT) * LOAD_CYCLES
+        waiting = warps / resident * (1 + loads / AHEAD) * LOAD_CYCLES
         new = min(rows, blocks) * c.split * (sums + loads) * INSTRUCTION_BYTES / FETCH_BYTES
         ends = warps * (math.log2(2 * c.split) + 2) * c.sums
         return max(issue, lines, waiting, new) + ends

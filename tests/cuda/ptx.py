@@ -35,13 +35,20 @@ def _lines(text: str, operands: list[str]) -> Iterator[str]:
     for instruction in filter(None, (part.strip() for part in text.split(";"))):
         name, *rest = instruction.split(None, 1)
         if name == ".reg":
-            kind, variable = rest[0].split()
-            yield f"{_TYPES[kind.removeprefix('.')]} {variable};"
+            yield f"{_declaration(rest[0])};"
             continue
         if name not in _INSTRUCTIONS:
             raise ValueError(f"PTX that the emulation doesn't know: {instruction}")
         values = [_value(value.strip(), operands) for value in rest[0].split(",")]
         yield _INSTRUCTIONS[name].format(*values)
+
+
+def _declaration(text: str) -> str:
+    """`.f32 v<3>` is for v0, v1 and v2."""
+    kind, variable = text.split()
+    name, _, count = variable.removesuffix(">").partition("<")
+    names = [f"{name}{i}" for i in range(int(count))] if count else [name]
+    return "; ".join(f"{_TYPES[kind.removeprefix('.')]} {each}" for each in names)
 
 
 def _value(text: str, operands: list[str]) -> str:

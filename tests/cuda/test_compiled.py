@@ -15,6 +15,7 @@ from topiarist.schedules.cuda.kernels import CudaCompiled
 from topiarist.schedules.cuda.thread import CudaConfig, Loops
 from topiarist.schedules.workload import SparsitySignature
 from topiarist.targets import nvrtc
+from topiarist.targets.cuda import GPUS
 
 KERNEL = CudaCompiled()
 WIDE = ConvCase(channels=64, outputs=64, plane=(8, 8), density=0.1)
@@ -62,6 +63,20 @@ def test_one_load_feeds_many_multiply_adds(case: ConvCase) -> None:
     assert 5.5 < sums / loads < 7
 
 
+def test_loads_run_ahead() -> None:
+    """Each value is used after so many more loads, and before its register is loaded again."""
+    (code,) = codes(problem_of(WIDE_POINTWISE), CudaConfig(64, 1, 32, 1))
+    lines = list(code.instructions(64))
+    loads = [i for i, line in enumerate(lines) if line.startswith("ld.")]
+    assert len(loads) == len(code.offsets) > 2 * compiled.AHEAD
+    assert loads[: compiled.AHEAD] == list(range(1, compiled.AHEAD + 1))
+    for load, begin in enumerate(loads[compiled.AHEAD :]):
+        register = lines[begin].split()[1].rstrip(",")
+        uses = [i for i, line in enumerate(lines[:begin]) if f" {register}," in line]
+        assert lines[uses[-1]].startswith("fma.") and uses[-1] == begin - 1
+        assert register == f"v{load % compiled.AHEAD}"
+
+
 def test_neighbouring_pixels_share_the_loads_of_taps() -> None:
     """Three taps of four pixels in a column need six rows, not twelve."""
     problem = problem_of(replace(WIDE, density=1.0))
@@ -107,7 +122,7 @@ def test_it_is_made_for_one_weight() -> None:
 
 
 @pytest.mark.skipif(nvrtc.missing() is not None, reason=nvrtc.missing() or "")
-@pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
+@pytest.mark.parametrize("arch", [gpu.arch for gpu in GPUS])
 def test_machine_code(arch: str) -> None:
     """NVIDIA's compiler takes it, and keeps all in registers."""
     problem = problem_of(replace(WIDE, channels=16))

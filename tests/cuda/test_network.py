@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from tests.cuda import emulation
 from tests.models import Net, random_inputs, run_onnx, worst_error
+from topiarist.compiler.bench import BenchResult, bench
 from topiarist.compiler.bundle import read_manifest
 from topiarist.compiler.measure import REPEATS
 from topiarist.compiler.pipeline import compile_model
@@ -149,6 +150,22 @@ def test_out_of_memory(gpu: ProcessPoolExecutor, tmp_path: Path) -> None:
     assert said[0].startswith("BundleError: ") and "out of memory" in said[0]
     assert said[1].startswith("TopiaristError: the GPU failed: ") and "out of memory" in said[1]
     assert gpu.submit(run_without_memory, bundle, plenty, plenty).result() == "nothing"
+
+
+def run_bench(bundle: Path) -> BenchResult:
+    """For the process with the GPU."""
+    return bench(bundle, against=(), runs=2)
+
+
+def test_bench_tells_the_time_on_the_gpu(gpu: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """By events, beside the time from array to array, which has it inside."""
+    net = Net()
+    path = tmp_path / "model.onnx"
+    onnx.save(net.model(net.conv(net.input(1, 8, 20, 20), 16, 8)), path)
+    gpu.submit(compile_and_run, path, False, []).result()
+    found = gpu.submit(run_bench, path.with_suffix(".topi")).result()
+    assert found.gpu is not None and found.gpu.runs == found.rounds == 2
+    assert 0 < found.gpu.p10_ms <= found.gpu.p90_ms
 
 
 @needs_compiler
