@@ -199,31 +199,17 @@ class Loops:
             ops = direct._Operands(x, bias, residual, y)
             if self.config.shared:
                 self._shared(ops, experts, shares)
+            elif self.config.tiles_outside:
+                self._tiles_outside(ops, experts, shares)
             else:
                 self._mixed(ops, experts, shares)
             emit.write_halo(y, views.y, w.batch, k.threads)
         return builder.get()
 
     def _mixed(self, ops: direct._Operands, experts: Any, shares: Any) -> None:
-        """Each panel meets all tiles; or all are mixed first, and each tile meets them all."""
-        outside = self.config.tiles_outside
+        """Each panel is mixed and meets all tiles."""
         blocks, size = self.out_blocks, len(self.terms.positions) * self.panel
         with T.serial(0, self.k.workload.batch) as image:
-            if outside:
-                panels = T.alloc_buffer((max(1, self.k.in_blocks * blocks * size),), "float32")
-                with emit.loop(self.k.in_blocks * blocks, self.k.threads) as number:
-                    self._mix((panels, number * size), experts, shares, image, number)
-                with emit.loop(self.tiles, self.k.threads) as tile:
-                    where = self._where(image, tile)
-
-                    def tile_block(q: Any, first: bool, last: bool) -> None:
-                        with T.serial(0, blocks) as block:
-                            step = direct._Step(0, q, first, last)
-                            at = (q * blocks + block) * size
-                            self._product(ops, (panels, at), where, step, block)
-
-                    emit.peeled(self.k.in_blocks, tile_block)
-                return
 
             def in_block(q: Any, first: bool, last: bool) -> None:
                 with emit.loop(blocks, self.k.threads) as block:
@@ -235,6 +221,25 @@ class Loops:
                         self._product(ops, (panel, 0), where, step, block, ahead)
 
             emit.peeled(self.k.in_blocks, in_block)
+
+    def _tiles_outside(self, ops: direct._Operands, experts: Any, shares: Any) -> None:
+        """All panels are mixed, and each tile meets them all."""
+        blocks, size = self.out_blocks, len(self.terms.positions) * self.panel
+        count = self.k.in_blocks * blocks
+        with T.serial(0, self.k.workload.batch) as image:
+            panels = T.alloc_buffer((max(1, count * size),), "float32")
+            with emit.loop(count, self.k.threads) as number:
+                self._mix((panels, number * size), experts, shares, image, number)
+            with emit.loop(self.tiles, self.k.threads) as tile:
+                where = self._where(image, tile)
+
+                def in_block(q: Any, first: bool, last: bool) -> None:
+                    step = direct._Step(0, q, first, last)
+                    with T.serial(0, blocks) as block:
+                        at = (q * blocks + block) * size
+                        self._product(ops, (panels, at), where, step, block)
+
+                emit.peeled(self.k.in_blocks, in_block)
 
     def _product(
         self,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def main() -> None:
     parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--seconds", type=float, default=60.0, help="timing, all engines together")
+    parser.add_argument("--holders", type=int, nargs="+", default=HOLDERS, help="1 to 4")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the bundles")
     parser.add_argument("--compile-only", action="store_true", help="and time nothing")
     parser.add_argument("--json", type=Path, help="write the results here")
@@ -102,11 +104,11 @@ def main() -> None:
     opts.out.mkdir(parents=True, exist_ok=True)
     console = Console()
     with console.status("compile"):
-        compile_all(opts.out)
+        compile_all(opts.holders, opts.out)
     if opts.compile_only:
         return
-    samples = measure.in_turns(contestants(opts.out), opts.seconds)
-    rows = rows_of(samples, opts.out)
+    samples = measure.in_turns(contestants(opts.holders, opts.out), opts.seconds)
+    rows = rows_of(samples, opts.holders, opts.out)
     spec = with_roofline(registry.get(registry.HOST))
     assert spec.peak_gflops is not None and spec.bandwidth_gbs is not None
     console.print(table(rows, spec.peak_gflops, spec.bandwidth_gbs))
@@ -117,23 +119,23 @@ def main() -> None:
         opts.json.write_text(json.dumps({**measure.setting(), **rates, **found}, indent=1))
 
 
-def compile_all(folder: Path) -> None:
+def compile_all(every: Sequence[int], folder: Path) -> None:
     """Bundles that agree with ONNX Runtime, unless they are there."""
     wanted: dict[str, tuple[onnx.ModelProto, tuple[str, ...]]] = {
         "dense": (networks.resnet34(), ()),
         "direct": (networks.resnet34(), ("--max-error", "0")),
     }
-    wanted |= {name_of(h): (networks.dynamic_resnet34(h), ()) for h in HOLDERS}
+    wanted |= {name_of(h): (networks.dynamic_resnet34(h), ()) for h in every}
     for name, (model, options) in wanted.items():
         if not (folder / f"{name}.topi").exists():
             measure.compiled(name, model, folder, options=options)
 
 
-def contestants(folder: Path) -> list[Engine]:
+def contestants(every: Sequence[int], folder: Path) -> list[Engine]:
     """Ours and ONNX Runtime's, on the same image."""
     feeds = measure.feeds_of(folder / "dense.topi")
-    ours = {DENSE: "dense", DIRECT: "direct"} | {name_of(h): name_of(h) for h in HOLDERS}
-    experts = engines.open_engine("ort", folder / f"{name_of(HOLDERS[-1])}.onnx", feeds, 1)
+    ours = {DENSE: "dense", DIRECT: "direct"} | {name_of(h): name_of(h) for h in every}
+    experts = engines.open_engine("ort", folder / f"{name_of(every[-1])}.onnx", feeds, 1)
     return [
         engines.open_engine("ort", folder / "dense.onnx", feeds, 1),
         replace(experts, name=PLAIN),
@@ -141,11 +143,11 @@ def contestants(folder: Path) -> list[Engine]:
     ]
 
 
-def rows_of(samples: dict[str, list[float]], folder: Path) -> list[Row]:
+def rows_of(samples: dict[str, list[float]], every: Sequence[int], folder: Path) -> list[Row]:
     """Ratios of times that were taken in one round."""
     dense = Work.of(folder / "dense.onnx")
     rows = []
-    for holders in HOLDERS:
+    for holders in every:
         ours, work = samples[name_of(holders)], Work.of(folder / f"{name_of(holders)}.onnx")
         over = {rival: ratio_interval(samples[rival], ours) for rival in (ORT, DIRECT, DENSE)}
         theory = dense.gmacs / work.gmacs
