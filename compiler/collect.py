@@ -27,15 +27,13 @@ from topiarist.compiler.choose import (
     linear_shape,
     workload_of,
 )
-from topiarist.compiler.extract import extract_layers
-from topiarist.compiler.frontend import import_model
 from topiarist.compiler.graph import Conv, Graph, Linear
 from topiarist.compiler.invent import Geometry, Random, chain, with_zeros
 from topiarist.compiler.lower import lower
 from topiarist.compiler.parts import Parts
+from topiarist.compiler.read_graph import read_graph
 from topiarist.compiler.recorded import Device, is_current
 from topiarist.compiler.runtime import pinned
-from topiarist.compiler.simplify import simplify
 from topiarist.compiler.trial import Trial
 from topiarist.compiler.tune import BATCH, Clock, candidates, record_of
 from topiarist.compiler.worker import RETRIES, Drift, Layer, Measurer, Steady, Variant
@@ -98,7 +96,7 @@ def collect(
     OutputError.
     """
     start = clock()
-    graphs = [simplify(extract_layers(import_model(model))) for model in models]
+    graphs = [read_graph(model, target) for model in models]
     device = Device.here(target, threads)
     known = [
         record

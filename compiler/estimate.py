@@ -9,13 +9,11 @@ import onnx
 
 from topiarist.compiler.choose import Chooser
 from topiarist.compiler.explain import LayerFacts, explain
-from topiarist.compiler.extract import extract_layers
-from topiarist.compiler.frontend import import_model
 from topiarist.compiler.graph import Conv, Linear
 from topiarist.compiler.layer_choices import layer_facts
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.predictor import Predictor
-from topiarist.compiler.simplify import simplify
+from topiarist.compiler.read_graph import read_graph
 from topiarist.targets.spec import TargetSpec
 
 
@@ -47,7 +45,7 @@ def estimate_layers(
 
     Raises ModelError.
     """
-    graph = simplify(extract_layers(import_model(model)))
+    graph = read_graph(model, target)
     chooser = Chooser(
         graph,
         Parts(target, 1),

@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from topiarist.compiler.extract import extract_layers
-from topiarist.compiler.frontend import import_model
-from topiarist.compiler.graph import Conv, Graph, Linear
+from topiarist.compiler.graph import Conv, Linear
 from topiarist.compiler.model_files import open_model, open_source, serving
 from topiarist.compiler.prices import SPARSE_KERNELS, Learned, Price, open_prices
+from topiarist.compiler.read_graph import read_graph
 from topiarist.compiler.recorded import Device, is_current
 from topiarist.compiler.runtime import versions
-from topiarist.compiler.simplify import simplify
 from topiarist.errors import CostModelError, MissingRecordsError, ModelError
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.cost_model import Dataset, LatencyModel, is_usable, least
@@ -208,7 +206,7 @@ def predict_network(
 ) -> Prediction:
     """What each layer of an ONNX file takes, predicted. Raises ModelError, CostModelError."""
     source = open_source(target, threads, latency_model, Device.of(target, threads))
-    graph = _graph(model)
+    graph = read_graph(model, target)
     prices = open_prices(graph, target, threads, source.pricer)[0]
     layers = []
     for name, node in prices.layers.items():
@@ -231,14 +229,10 @@ def explain_network(
     Raises ModelError for an unknown layer, CostModelError.
     """
     key = Device.of(target, threads).key
-    found, graph = serving(open_model(latency_model, key), key, target), _graph(model)
+    found, graph = serving(open_model(latency_model, key), key, target), read_graph(model, target)
     known = [node.name for node in graph.nodes if isinstance(node, Conv | Linear)]
     if layer is not None and layer not in known:
         raise ModelError(f"no layer is called {layer}; `topiarist inspect` lists them")
     prices = open_prices(graph, target, threads, Learned(found))[0]
     names = [layer] if layer is not None else list(prices.layers)
     return {name: found.contributions(prices.price(name).what, count) for name in names}
-
-
-def _graph(model: Path) -> Graph:
-    return simplify(extract_layers(import_model(model)))

@@ -13,7 +13,6 @@ from topiarist.compiler.build import build, to_relax
 from topiarist.compiler.bundle import check_writable, write_bundle
 from topiarist.compiler.choose import MAX_ERROR, Advice, Chooser, Mode, Plan
 from topiarist.compiler.compiled import CompiledModel, TensorSignature
-from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
 from topiarist.compiler.graph import Graph
 from topiarist.compiler.layer_choices import layer_choices, other_work
@@ -22,9 +21,9 @@ from topiarist.compiler.memory import MemoryPlan, plan_memory
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.predictor import find_predictor
 from topiarist.compiler.program import Program
+from topiarist.compiler.read_graph import layers_for
 from topiarist.compiler.recorded import Device, Recorded
 from topiarist.compiler.roofline import with_roofline
-from topiarist.compiler.simplify import simplify
 from topiarist.compiler.trial import settle
 from topiarist.errors import MissingRecordsError, TargetError
 from topiarist.targets import nvrtc, registry
@@ -95,7 +94,7 @@ def compile_model(
 
     report("import", 0, 1)
     module = import_model(model, batch=batch)
-    graph = simplify(extract_layers(module, dynamic=spec.gpu is None))
+    graph = layers_for(module, spec)
     report("import", 1, 1)
     if parts is None:
         parts = Parts(spec, threads)

@@ -15,12 +15,10 @@ import numpy as np
 import onnx
 
 from topiarist.compiler.choose import Advice, Candidate
-from topiarist.compiler.extract import extract_layers
-from topiarist.compiler.frontend import import_model
 from topiarist.compiler.graph import Conv
 from topiarist.compiler.manifest import Manifest
 from topiarist.compiler.prices import Pricer, Prices, open_prices
-from topiarist.compiler.simplify import simplify
+from topiarist.compiler.read_graph import read_graph
 from topiarist.compiler.tune import HOPELESS_LAYOUTS
 from topiarist.errors import BudgetError
 from topiarist.pruning.allocation import (
@@ -96,7 +94,7 @@ class Prunable:
         self.database = database
         self.errors = errors
         self.cut = cut
-        graph = simplify(extract_layers(import_model(path, batch=batch)))
+        graph = read_graph(path, target, batch=batch)
         prices = open_prices(graph, target, threads, pricer)
         self.zeros = _zeros(database, prices[0])
         limit_us = prices[0].total_us * HOPELESS_LAYOUTS

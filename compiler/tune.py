@@ -27,13 +27,11 @@ from topiarist.compiler.choose import (
     layout_plans,
     workload_of,
 )
-from topiarist.compiler.extract import extract_layers
-from topiarist.compiler.frontend import import_model
 from topiarist.compiler.graph import Conv, Graph
 from topiarist.compiler.parts import Parts
+from topiarist.compiler.read_graph import read_graph
 from topiarist.compiler.recorded import Device, Recorded
 from topiarist.compiler.runtime import pinned
-from topiarist.compiler.simplify import simplify
 from topiarist.compiler.trial import FINALISTS, settle
 from topiarist.compiler.worker import Layer, Measurer, Outcome, Steady, Variant
 from topiarist.errors import BuildError, ModelError
@@ -444,7 +442,7 @@ def tune_model(
     options = options or TuneOptions()
     report = progress or (lambda step: None)
     start = clock()
-    graph = simplify(extract_layers(import_model(model, batch=batch)))
+    graph = read_graph(model, target, batch=batch)
     parts = Parts(target, threads)
     device = where.device() if where else Device.here(target, threads)
     recorded = Recorded(logs, device, adds=True)

@@ -9,10 +9,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from topiarist.compiler.extract import extract_layers
-from topiarist.compiler.frontend import import_model
 from topiarist.compiler.prices import Pricer, open_prices
-from topiarist.compiler.simplify import simplify
+from topiarist.compiler.read_graph import read_graph
 from topiarist.pruning.guidance import Bounds, Weights
 from topiarist.pruning.layers import WeightedLayer, weighted_layers
 from topiarist.pruning.masks import mask_at
@@ -42,7 +40,7 @@ class ZeroPrices:
         threads: int = 1,
         batch: int | None = None,
     ) -> None:
-        graph = simplify(extract_layers(import_model(model, batch=batch)))
+        graph = read_graph(model, target, batch=batch)
         self._prices = open_prices(graph, target, threads, pricer)[0]
         self._pattern = pattern
         self._layers = {v.name: v for v in weighted_layers(model) if v.name in layers}

@@ -7,16 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from topiarist.compiler.extract import extract_layers
-from topiarist.compiler.frontend import import_model
 from topiarist.compiler.graph import Conv, Graph, Linear
 from topiarist.compiler.layouts import LayoutPlan
 from topiarist.compiler.manifest import Manifest
 from topiarist.compiler.model_files import open_source
 from topiarist.compiler.prices import Prices, all_prices
+from topiarist.compiler.read_graph import read_graph
 from topiarist.compiler.recorded import Device
 from topiarist.compiler.report.inputs import Curve, Point, Predictions
-from topiarist.compiler.simplify import simplify
 from topiarist.errors import BundleError
 from topiarist.pruning.level import BLOCK_ROWS, Level
 from topiarist.pruning.patterns import DENSE_FROM
@@ -35,7 +33,7 @@ def forecast(manifest: Manifest, model: Path, latency_model: Path | None = None)
     formula. Raises ModelError, CostModelError, BundleError if the model isn't the bundle's.
     """
     batch = next((tensor.shape[0] for tensor in manifest.inputs if tensor.shape), None)
-    graph = simplify(extract_layers(import_model(model, batch=batch)))
+    graph = read_graph(model, manifest.target, batch=batch)
     check_model(manifest, graph, model)
     device = _device(manifest)
     source = open_source(manifest.target, manifest.threads, latency_model, device)

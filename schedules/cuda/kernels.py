@@ -11,14 +11,16 @@ from topiarist.schedules.cpu.kernels import MAX_SPARSE_DENSITY
 from topiarist.schedules.cuda import compiled, compiled_space, direct, space, tiled, tiled_space
 from topiarist.schedules.cuda.thread import CudaConfig, Loops, refuses_place
 from topiarist.schedules.cuda.tiled import TiledConfig, Tiles
-from topiarist.schedules.kernel import ConvKernel, ConvSite, Packed
+from topiarist.schedules.kernel import CONSTANT_ONLY, ConvKernel, ConvSite, Packed
 from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets.spec import TargetSpec
 
 
-def _refuses(target: TargetSpec) -> str | None:
-    """Why no kernel for GPUs runs there."""
-    return None if target.gpu is not None else f"{target.name} is no GPU"
+def _refuses(workload: ConvWorkload, target: TargetSpec) -> str | None:
+    """Why no kernel for GPUs runs the layer there."""
+    if target.gpu is None:
+        return f"{target.name} is no GPU"
+    return None if workload.mixture is None else CONSTANT_ONLY
 
 
 def _refuses_density(workload: ConvWorkload) -> str | None:
@@ -38,7 +40,7 @@ class CudaDense(ConvKernel[CudaConfig]):
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
         """Serves every convolution on a GPU."""
-        return _refuses(target)
+        return _refuses(workload, target)
 
     def knobs(self, site: ConvSite) -> list[CudaConfig]:
         """Channels and pixels of a thread, threads, split rows, staging."""
@@ -76,7 +78,7 @@ class CudaTiled(ConvKernel[TiledConfig]):
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
         """Serves groups with enough output channels."""
-        return _refuses(target) or tiled.refuses(workload)
+        return _refuses(workload, target) or tiled.refuses(workload)
 
     def knobs(self, site: ConvSite) -> list[TiledConfig]:
         """Tiles of a thread and of a block, taps in a step, teams."""
@@ -113,7 +115,7 @@ class CudaSparse(CudaDense):
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
         """Serves any shape; pays only where zeros are many."""
-        return _refuses(target) or _refuses_density(workload)
+        return _refuses(workload, target) or _refuses_density(workload)
 
 
 class CudaCompiled(ConvKernel[CudaConfig]):
@@ -126,7 +128,7 @@ class CudaCompiled(ConvKernel[CudaConfig]):
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
         """Serves any shape with few enough nonzeros."""
-        why = _refuses(target) or _refuses_density(workload)
+        why = _refuses(workload, target) or _refuses_density(workload)
         return why or compiled.refuses(workload)
 
     def knobs(self, site: ConvSite) -> list[CudaConfig]:
