@@ -190,6 +190,8 @@ class GuidedPruner:
 
         Raises BudgetError, naming the reachable minimum, for a goal out of reach.
         """
+        for network in self.networks:
+            network.start_over()
         wanted_us = goal.us(self.dense_us)
         reach = self.reach
         if wanted_us < reach.least_us * (1 - TOLERANCE):
