@@ -26,7 +26,7 @@ ErrorOf = Callable[[Prunable, Proposal], float]
 
 @dataclass(frozen=True)
 class Round:
-    """A choice that was compiled and timed; `error` is that of its outputs, before the last fit."""
+    """A choice that was compiled and timed; `error` is that of its outputs, as far as is known."""
 
     way: str
     expected_us: float

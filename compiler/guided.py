@@ -190,6 +190,8 @@ class GuidedPruner:
 
         Raises BudgetError, naming the reachable minimum, for a goal out of reach.
         """
+        for network in self.networks:
+            network.start_over()
         wanted_us = goal.us(self.dense_us)
         reach = self.reach
         if wanted_us < reach.least_us * (1 - TOLERANCE):
@@ -210,11 +212,10 @@ class GuidedPruner:
             contest.correct(attempt, manifest, pruned.run_us)
 
     def _error(self, network: Prunable, proposal: Proposal) -> float:
-        """Of the outputs with these levels, stitched from a few images, without a refit."""
+        """Of the outputs for other images with these levels, reconstructed from a few."""
         self.progress("try on images", 0, 1)
         few, levels = self.images.first(CONTEST_IMAGES), proposal.allocation.levels
-        stitched = stitch(network.model, network.database, levels, few, refit=False)
-        return self.outputs.of(stitched)
+        return self.outputs.of(stitch(network.model, network.database, levels, few))
 
     def _finish(
         self, goal: Goal, attempt: Attempt, rounds: Sequence[Round]

@@ -6,6 +6,7 @@ Prices come from a latency model. What the compiled network really took corrects
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -39,8 +40,8 @@ from topiarist.schedules.workload import SparsitySignature
 from topiarist.targets.spec import TargetSpec
 
 ROUNDING = 1e-9
-LIKELY = (0.1, 20.0)  # what one layer's correction may be
-NOISE = 0.15  # that times of single layers scatter by; later corrections below that count half
+LIKELY = 3.0  # what the logarithm of one layer's time over its price may be off
+DOUBT = 0.5  # times of a layer's that the typical one counts for
 LEAST_GAIN = 0.05  # of a layer's time; less could be noise and is not worth its error
 
 Zeros = Mapping[str, Mapping[Level, SparsitySignature]]
@@ -102,13 +103,19 @@ class Prunable:
         self.plans = [self._plan(one) for one in hopeful]
         self.even = False
         self.scale, self.rest_us = 1.0, 0.0
-        self._corrections: dict[tuple[str, bool], float] = {}
+        self._forget()
 
     def evenly(self) -> Prunable:
         """The same network with one level for all layers, and corrections of its own."""
         other = copy.copy(self)
-        other.even, other._corrections = True, {}
+        other.even = True
+        other._forget()
         return other
+
+    def _forget(self) -> None:
+        """No correction: logarithms, by layer and for all, each for its dense and its zeros."""
+        self._seen: defaultdict[tuple[str, bool], list[float]] = defaultdict(list)
+        self._offset = {True: 0.0, False: 0.0}
 
     @property
     def way(self) -> str:
@@ -178,25 +185,51 @@ class Prunable:
         return self.rest_us + sum(fixed)
 
     def _factor(self, layer: str, level: Level) -> float:
-        return self.scale * self._corrections.get((layer, level == DENSE), 1.0)
+        dense = level == DENSE
+        return self.scale * math.exp(self._offset[dense] + self._own(layer, dense))
+
+    def _own(self, layer: str, dense: bool) -> float:
+        """By how much a layer is off beside all others, as far as that is sure.
+
+        Single times are noisy, and a layer that seems slow by mistake is not chosen, so not timed,
+        again: the first time counts by two thirds.
+        """
+        seen = self._seen.get((layer, dense), [])
+        return sum(seen) / (len(seen) + DOUBT)
+
+    def start_over(self) -> None:
+        """Forget what single layers took, at other levels; what all took is still known, nearly."""
+        self._seen.clear()
 
     def correct(self, proposal: Proposal, manifest: Manifest, run_us: float) -> None:
-        """Make the prices of what was compiled those that were measured."""
+        """Make the price of what was compiled the measured one, and that of its layers nearly."""
         measured = {layer.layer: layer.run_us or 0.0 for layer in manifest.layers}
         others_us = sum(other.run_us for other in manifest.others)
         whole = run_us / (sum(measured.values()) + others_us)
         self.rest_us = others_us * whole
-        chosen = {name: (o.level, o.run_us) for name, o in proposal.allocation.options.items()}
-        for name, us in proposal.plan.fixed_us.items():
-            chosen[name] = DENSE, us * self._factor(name, DENSE)
-        for name, (level, expected_us) in chosen.items():
-            taken_us = measured.get(name, 0.0) * whole
-            if taken_us > 0 and expected_us > 0:
-                key = name, level == DENSE
-                wrong = taken_us / expected_us
-                known = key in self._corrections and abs(wrong - 1) < NOISE
-                factor = self._corrections.get(key, 1.0) * (wrong**0.5 if known else wrong)
-                self._corrections[key] = min(max(factor, LIKELY[0]), LIKELY[1])
+        levels, fixed = proposal.allocation.levels, proposal.plan.fixed_us
+        for dense in (True, False):
+            times = {
+                layer.layer: (measured.get(layer.layer, 0.0) * whole, option.run_us)
+                for layer in proposal.plan.layers
+                for option in layer.options
+                if option.level == levels[layer.layer] and (option.level == DENSE) == dense
+            }
+            if dense:
+                times |= {name: (measured.get(name, 0.0) * whole, us) for name, us in fixed.items()}
+            self._correct({name: (t, p) for name, (t, p) in times.items() if t * p > 0}, dense)
+
+    def _correct(self, times: Mapping[str, tuple[float, float]], dense: bool) -> None:
+        """By measured times and uncorrected prices of all layers that run dense, or with zeros."""
+        if not times:
+            return
+        taken_us = sum(taken for taken, _ in times.values())
+        common = math.log(taken_us / sum(price for _, price in times.values()))
+        for name, (taken, price) in times.items():
+            off = math.log(taken / price) - common
+            self._seen[name, dense].append(min(max(off, -LIKELY), LIKELY))
+        expected_us = sum(p * math.exp(self._own(name, dense)) for name, (_, p) in times.items())
+        self._offset[dense] = math.log(taken_us / (self.scale * expected_us))
 
     def advice(self, proposal: Proposal) -> Advice:
         """The few candidates of each convolution that are worth compiling."""

@@ -21,7 +21,7 @@ from topiarist.compiler.parts import Parts
 from topiarist.compiler.pipeline import compile_model
 from topiarist.targets.spec import TargetSpec
 
-BENCH_S = 2.0  # one build differs from the next by more than longer runs could tell
+BENCH_S = 4.0
 
 Progress = Callable[[str, int, int], None]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -109,6 +111,35 @@ def test_what_was_measured_corrects_prices(network: Prunable, tmp_path: Path) ->
     measured = sum(layer.run_us or 0.0 for layer in manifest.layers)
     others = sum(other.run_us for other in manifest.others)
     assert network.rest_us == pytest.approx(120 * others / (measured + others))
+
+
+def test_the_sum_is_corrected_at_once_and_single_layers_by_and_by(network: Prunable) -> None:
+    """Of two sparse layers one takes four times its price; what is dense takes four times, too."""
+    way = network.evenly()
+    proposal = way.propose(200.0)
+    levels = proposal.allocation.levels
+    assert DENSE not in levels.values()
+    priced = {name: o.run_us for name, o in proposal.allocation.options.items()}
+    taken = {"stem": 400.0, "one": priced["one"], "two": 4 * priced["two"]}
+    layers = tuple(SimpleNamespace(layer=name, run_us=us) for name, us in taken.items())
+    manifest: Any = SimpleNamespace(layers=layers, others=())
+    run_us = sum(taken.values())
+
+    def now() -> dict[str, float]:
+        options = way.options(proposal.plan)
+        found = {layer.layer: layer.at(levels[layer.layer]) for layer in options}
+        return {name: option.run_us for name, option in found.items() if option is not None}
+
+    seen = []
+    for _ in range(3):
+        way.correct(proposal, manifest, run_us)
+        assert sum(now().values()) == pytest.approx(run_us - 400)
+        seen.append(now()["two"])
+    assert priced["two"] < seen[0] < seen[1] < seen[2] < taken["two"]
+    assert seen[2] == pytest.approx(taken["two"], rel=0.15)
+    way.start_over()
+    assert sum(now().values()) == pytest.approx(run_us - 400, rel=0.1)
+    assert now()["two"] / now()["one"] == pytest.approx(priced["two"] / priced["one"])
 
 
 def test_operators_of_two_networks_share_code_only_if_they_are_equal(tmp_path: Path) -> None:
