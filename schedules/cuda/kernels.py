@@ -16,6 +16,19 @@ from topiarist.schedules.workload import ConvWorkload
 from topiarist.targets.spec import TargetSpec
 
 
+def _refuses(target: TargetSpec) -> str | None:
+    """Why no kernel for GPUs runs there."""
+    return None if target.gpu is not None else f"{target.name} is no GPU"
+
+
+def _refuses_density(workload: ConvWorkload) -> str | None:
+    """Why skipping zeros doesn't pay."""
+    density = workload.sparsity.density
+    if density > MAX_SPARSE_DENSITY:
+        return f"density {density:.2f} is above {MAX_SPARSE_DENSITY}"
+    return None
+
+
 class CudaDense(ConvKernel[CudaConfig]):
     """Direct dense convolution: several output channels share each load of the input."""
 
@@ -25,7 +38,7 @@ class CudaDense(ConvKernel[CudaConfig]):
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
         """Serves every convolution on a GPU."""
-        return None if target.gpu is not None else f"{target.name} is no GPU"
+        return _refuses(target)
 
     def knobs(self, site: ConvSite) -> list[CudaConfig]:
         """Channels and pixels of a thread, threads, split rows, staging."""
@@ -63,9 +76,7 @@ class CudaTiled(ConvKernel[TiledConfig]):
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
         """Serves groups with enough output channels."""
-        if target.gpu is None:
-            return f"{target.name} is no GPU"
-        return tiled.refuses(workload)
+        return _refuses(target) or tiled.refuses(workload)
 
     def knobs(self, site: ConvSite) -> list[TiledConfig]:
         """Tiles of a thread and of a block, taps in a step, teams."""
@@ -102,9 +113,7 @@ class CudaSparse(CudaDense):
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
         """Serves any shape; pays only where zeros are many."""
-        if workload.sparsity.density > MAX_SPARSE_DENSITY:
-            return f"density {workload.sparsity.density:.2f} is above {MAX_SPARSE_DENSITY}"
-        return super().refuses(workload, target)
+        return _refuses(target) or _refuses_density(workload)
 
 
 class CudaCompiled(ConvKernel[CudaConfig]):
@@ -117,11 +126,8 @@ class CudaCompiled(ConvKernel[CudaConfig]):
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
         """Serves any shape with few enough nonzeros."""
-        if target.gpu is None:
-            return f"{target.name} is no GPU"
-        if workload.sparsity.density > MAX_SPARSE_DENSITY:
-            return f"density {workload.sparsity.density:.2f} is above {MAX_SPARSE_DENSITY}"
-        return compiled.refuses(workload)
+        why = _refuses(target) or _refuses_density(workload)
+        return why or compiled.refuses(workload)
 
     def knobs(self, site: ConvSite) -> list[CudaConfig]:
         """Channels and pixels of a thread, threads, split columns."""
