@@ -7,8 +7,8 @@ Only the positions of the window that some expert has cost anything. There are t
 - *mixed*: the sum of the experts first, then one convolution with it. A panel, the kernel of a
   block of output channels over a block of input channels, is mixed right before all tiles of the
   picture use it, in the first-level cache, from experts that were asked for while the panel before
-  was used; so the mixed kernel never gets to memory. Where pictures are large and kernels small,
-  all panels are mixed first, and each tile meets them all. Costs the union of the masks for each
+  was used; so the mixed kernel never gets to memory. Where they fit the second-level cache, all
+  panels can be mixed first, and each tile meets them all. Costs the union of the masks for each
   pixel, and reading their sum for each image.
 - *shared*: one convolution after the other, each scaled where it is added to the output. Costs
   the sum of the masks for each pixel; a batch reads the weights once.

@@ -46,10 +46,10 @@ class DynamicDirect(ConvKernel[DynamicConfig]):
         w, grid = site.workload, site.views.y.layout.grid
         terms = Terms.of(dynamic.mixture_of(w))
         forms = [(False, False)]  # shared, tiles outside
+        if 4 * w.in_channels * w.out_channels * len(terms.positions) <= site.target.l2_bytes / 2:
+            forms.insert(0, (False, True))  # measured: 1.1x in ResNet-34
         if terms.count:
             forms.append((True, False))
-        if 4 * w.in_channels * w.out_channels * len(terms.positions) <= site.target.l2_bytes / 2:
-            forms.append((False, True))
         in_blocks = {_divisor(w.in_channels, near) for near in IN_BLOCKS}
         found = [
             DynamicConfig(*tile, out_block, in_block, *form)
