@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from tests.models import Net, random_inputs, run_onnx, worst_error
-from topiarist.compiler import guided, prices
+from topiarist.compiler import contest, prices, timed_builds
 from topiarist.compiler.bundle import read_manifest
 from topiarist.compiler.guided import Goal, Guided, GuidedPruner
 from topiarist.compiler.model_files import Source
@@ -42,8 +42,8 @@ def prune(path: Path, work: Path) -> Guided:
     for kernel in CUDA_KERNELS:
         type(kernel).tries = 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(guided, "BENCH_S", 0.05)
-        patch.setattr(guided, "ROUNDS", 2)
+        patch.setattr(timed_builds, "BENCH_S", 0.05)
+        patch.setattr(contest, "ROUNDS", 0)
         patch.setattr(prices, "MOST_OFFERS", 1)
         model = onnx.load(path)
         random = np.random.default_rng(0)
@@ -70,7 +70,7 @@ def test_compiles_and_times_rounds(gpu: ProcessPoolExecutor, tmp_path: Path) -> 
     path = tmp_path / "model.onnx"
     onnx.save(net.model(net.node("Gemm", x, net.weight(4, 16), transB=1, name="fc")), path)
     found = gpu.submit(prune, path, tmp_path).result()
-    assert 1 <= len(found.rounds) <= 2 and all(one.measured_us > 0 for one in found.rounds)
+    assert found.rounds and all(one.measured_us > 0 for one in found.rounds)
     assert found.dense_us > 0 and found.density < 1
     for name in ("dense", "candidate", "pruned"):
         manifest = read_manifest(tmp_path / f"{name}.topi")
