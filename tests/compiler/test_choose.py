@@ -148,7 +148,7 @@ class ManyRowsAreFast:
 
 
 def test_a_latency_model_chooses_knobs_where_nothing_can_be_timed() -> None:
-    predictor = Predictor(Device.here(detect(), 1), ManyRowsAreFast())
+    predictor = Predictor(Device.here(detect(), 1), ManyRowsAreFast(), "many rows")
     graph = one_conv(sparse_weight(0.1))
     found = chooser(graph, mode="estimate", predictor=predictor).plans()[0].choices["conv"]
     rows = [getattr(candidate.config, "rows", 0.5) for candidate in found.timed]
