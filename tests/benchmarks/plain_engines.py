@@ -23,10 +23,12 @@ from topiarist.compiler.graph import (
     Graph,
     Linear,
     Node,
+    Opaque,
     Pool,
     Subsample,
     View,
 )
+from topiarist.compiler.relax_calls import operator_of
 from topiarist.schedules.formats.convolution import sparse_dense_prim_func
 from topiarist.schedules.formats.tensors import SparseWeight
 from topiarist.schedules.workload import ConvWorkload, SparsitySignature
@@ -128,6 +130,9 @@ def _torch_layer(node: Node, graph: Graph) -> Callable[..., Any]:
     if isinstance(node, View):
         shape = graph.values[node.output].shape
         return lambda x: x.reshape(shape)
+    if isinstance(node, Opaque) and operator_of(node.call) == "nn.softmax":
+        axis = int(node.call.attrs.axis)
+        return lambda x: functional.softmax(x, axis)
     raise ValueError(f"{node.name}: no {type(node).__name__} in PyTorch here")
 
 

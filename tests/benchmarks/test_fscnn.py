@@ -41,7 +41,8 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Graph:
     pooled = net.node("Flatten", net.node("GlobalAveragePool", x))
     path = tmp_path_factory.mktemp("fscnn") / "model.onnx"
     weight = net.constant(net.rng.standard_normal((5, 8), np.float32))
-    onnx.save(net.model(net.node("Gemm", pooled, weight, transB=1)), path)
+    scores = net.node("Gemm", pooled, weight, transB=1)
+    onnx.save(net.model(net.node("Softmax", scores)), path)
     return bench_fscnn.layers_of(path)
 
 
