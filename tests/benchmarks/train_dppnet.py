@@ -134,13 +134,14 @@ def accuracy(network: nn.Module) -> float:
     return 100 * right.double().mean().item()
 
 
-def settings(epochs: tuple[int, int, int], penalty: float, kept: float) -> TrainSettings:
-    """At rates that a trained network bears."""
+def settings(epochs: tuple[int, int, int, int], penalty: float, kept: float) -> TrainSettings:
+    """At rates that a trained network bears. Thresholds reach the weights fast, then go slowly."""
     return TrainSettings(
         (
             Stage("experts", "none", epochs[0], 0.02, 0.02),
-            Stage("prune", "learned", epochs[1], 0.02, 0.01, "cosine", penalty, until_kept=kept),
-            Stage("fine-tune", "frozen", epochs[2], 0.02, 1e-5),
+            Stage("approach", "learned", epochs[1], 0.02, 0.02, "cosine", 1e-3, until_kept=0.95),
+            Stage("prune", "learned", epochs[2], 0.02, 0.01, "cosine", penalty, until_kept=kept),
+            Stage("fine-tune", "frozen", epochs[3], 0.02, 1e-5),
         )
     )
 
@@ -150,8 +151,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--epochs", type=int, nargs=3, default=(1, 60, 30), help="of each stage")
-    parser.add_argument("--penalty", type=float, default=1e-3, help="of thresholds")
+    parser.add_argument("--epochs", type=int, nargs=4, default=(1, 12, 40, 40), help="of each stage")
+    parser.add_argument("--penalty", type=float, default=2e-4, help="of thresholds")
     parser.add_argument("--kept", type=float, default=0.4, help="share of positions in the unions")
     opts = parser.parse_args()
     opts.folder.mkdir(parents=True, exist_ok=True)
