@@ -160,11 +160,13 @@ def conv_views(node: Conv, layouts: LayoutPlan) -> ConvViews:
     return ConvViews(x, y, residual[0] if residual else None)
 
 
-def layout_plans(graph: Graph, target: TargetSpec, count: int = ASSIGNMENTS) -> list[LayoutPlan]:
+def layout_plans(graph: Graph, parts: Parts, count: int = ASSIGNMENTS) -> list[LayoutPlan]:
     """The layouts of all values, for each of the `count` cheapest lattice assignments."""
-    assignments = assign_lattices(find_levels(graph, target.lanes), count)
-    tile = core_of(target).tile_vectors
-    return [LayoutPlanner(graph, lattices, tile).plan() for lattices in assignments or [{}]]
+    assignments = assign_lattices(find_levels(graph, parts.target.lanes), count)
+    tile, threads = core_of(parts.target).tile_vectors, parts.threads
+    return [
+        LayoutPlanner(graph, lattices, tile, threads).plan() for lattices in assignments or [{}]
+    ]
 
 
 def alike(workload: ConvWorkload, views: ConvViews) -> Hashable:
@@ -227,12 +229,12 @@ class Chooser:
         Where earlier trials have settled whole plans, the others are not measured any more.
         """
         count = 1 if self.mode == "estimate" and self.predictor is None else ASSIGNMENTS
-        layouts = layout_plans(self.graph, self.target, count)
+        layouts = layout_plans(self.graph, self.parts, count)
         plans: list[Plan] = []
         if self.mode == "measure" and self.recorded is not None and not self.dense:
             plans = [plan for plan in self._as_strict()._complete(layouts)[0] if plan.settled]
         if self.mode == "estimate" and self.recorded is not None:
-            plans = self._as_strict()._complete(layout_plans(self.graph, self.target))[0]
+            plans = self._as_strict()._complete(layout_plans(self.graph, self.parts))[0]
         if not plans:
             plans, missing = self._complete(layouts)
             if not plans:

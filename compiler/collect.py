@@ -199,7 +199,7 @@ class _Draw:
         self.device = device
         self.random = random
         self.guide = guide
-        layouts = layout_plans(graph, parts.target)
+        layouts = layout_plans(graph, parts)
         self.layouts = layouts[int(random.integers(len(layouts)))]
         self.convs = [node.name for node in graph.nodes if isinstance(node, Conv)]
         self._tried: dict[str, list[Variant]] = defaultdict(list)

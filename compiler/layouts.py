@@ -26,6 +26,7 @@ from topiarist.schedules.layout import View as ChannelView
 
 NO_HALO: Halo = (0, 0, 0, 0)
 NEGATIVE_INFINITY = float("-inf")
+LEAST_VECTORS = 7  # of a tile that is made smaller for threads
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,12 @@ class LayoutPlanner:
         graph: Graph,
         lattices: dict[str, Lattice],
         tile_vectors: int,
+        threads: int = 1,
     ) -> None:
         self.graph = graph
         self.lattices = lattices
         self.tile_vectors = tile_vectors
+        self.threads = threads
         self.laned = laned_values(graph)
         self.nonnegative = never_negative(graph)
         self.producer = {node.output: node for node in graph.nodes}
@@ -253,7 +256,10 @@ class LayoutPlanner:
         grid = want.lattice.grid(shape[2], shape[3])
         if want.padded or grid.lanes == 1:  # tiles keep vectors together, and here are none
             return LaneLayout(shape[1], grid, want.halo, None, want.fill)
-        tile = largest_tile(grid.rows, grid.cols, self.tile_vectors)
+        # A tile for each thread, where that leaves enough to do: its pixels stay in its cache.
+        share = shape[0] * grid.rows * grid.cols // self.threads
+        limit = min(self.tile_vectors, max(LEAST_VECTORS, share))
+        tile = largest_tile(grid.rows, grid.cols, limit)
         return LaneLayout(shape[1], grid, NO_HALO, tile)
 
     def _read(

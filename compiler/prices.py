@@ -259,7 +259,7 @@ def all_prices(graph: Graph, device: Device, threads: int, pricer: Pricer) -> li
     workloads = {n.name: workload_of(n, graph) for n in graph.nodes if isinstance(n, Conv)}
     return [
         Prices(graph, workloads, layouts, parts, device, pricer)
-        for layouts in layout_plans(graph, device.target)
+        for layouts in layout_plans(graph, parts)
     ]
 
 

@@ -202,7 +202,7 @@ def find_tasks(
     layers: dict[Hashable, Layer] = {}
     names: dict[Hashable, list[str]] = defaultdict(list)
     uses: dict[Hashable, Counter[int]] = defaultdict(Counter)
-    layouts = layout_plans(graph, parts.target)
+    layouts = layout_plans(graph, parts)
     for i, plan in enumerate(layouts):
         for node in convs:
             workload, views = workload_of(node, graph), conv_views(node, plan)

@@ -1,7 +1,7 @@
 """Lets the layers that read channels make up for those that are cut, from calibration images.
 
 Layer after layer, the weight and the bias are fitted anew, so that from the inputs that the cut
-network has the layer makes what it made in the whole one, in the mean square.
+network has the layer makes what it made in the whole one, in the mean square. Zeros stay.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from topiarist.pruning.layers import (
     weighted_layers,
 )
 from topiarist.pruning.moments import unfold
+from topiarist.pruning.obs_rounds import settle
 from topiarist.pruning.segments import SegmentedRun
 
 Array = NDArray[np.float64]
@@ -65,11 +66,11 @@ def compensate(
 
 def fit_linear(model: onnx.ModelProto, changed: onnx.ModelProto, images: Images) -> onnx.ModelProto:
     """A copy of `changed`, the model with other convolutions, whose fully connected layers
-    make up for what they read now. Those with zeros or more than MOST_COLUMNS inputs stay.
+    make up for what they read now. Those with more than MOST_COLUMNS inputs stay.
     """
     fitted = onnx.ModelProto()
     fitted.CopyFrom(changed)
-    layers = [v for v in weighted_layers(changed) if v.kind != "Conv" and v.weight.all()]
+    layers = [v for v in weighted_layers(changed) if v.kind != "Conv"]
     if layers:
         stay = [np.ones(v.weight[0].size, np.bool_) for v in layers]
         _take_away(fitted, layers, stay)
@@ -159,19 +160,24 @@ class _Problem:
     """Sums over places for the change D of a weight that is to make up for `missing` outputs.
 
     `square` is x x^T [k, k] of the cut network's inputs, `missing` is r x^T [O, k] of what the
-    outputs lack; the squared error falls by tr(2 D missing^T - D square D^T).
+    outputs lack; the squared error falls by tr(2 D missing^T - D square D^T). D is zero where
+    `free` [O, k] is not set.
     """
 
     square: Array
     missing: Array
+    free: NDArray[np.bool_]
 
     def solve(self, damping: float, columns: int) -> Array:
         """The best D if it is damped in the first columns, by a share of their mean square."""
         diagonal = np.full(len(self.square), damping * np.diagonal(self.square).mean() + 1e-12)
         diagonal[columns:] = 0
-        factor = linalg.cho_factor(self.square + np.diag(diagonal), overwrite_a=True)
-        best: Array = linalg.cho_solve(factor, self.missing.T).T
-        return best
+        damped = self.square + np.diag(diagonal)
+        best: Array = linalg.cho_solve(linalg.cho_factor(damped), self.missing.T).T
+        return best if self.free.all() else settle(best, best, self.free, damped)[0]
+
+    def __add__(self, other: _Problem) -> _Problem:
+        return _Problem(self.square + other.square, self.missing + other.missing, self.free)
 
     def gain(self, change: Array) -> float:
         """By how much the squared error falls."""
@@ -200,7 +206,7 @@ def _fit(
     if others < len(cut):
         testing = _problem(layer, weight, start, used, whole[others:], cut[others:])
         damping = _best_damping(fitting, testing, kept.size)
-        fitting = _Problem(fitting.square + testing.square, fitting.missing + testing.missing)
+        fitting += testing
     if damping is not None:
         with one_blas_thread():
             start += fitting.solve(damping, kept.size)
@@ -231,15 +237,16 @@ def _problem(
 ) -> _Problem:
     """What the weight `start` for the used columns lacks in these portions of images."""
     name = layer.node.input[0]
+    free = (start != 0) | (used == layer.weight[0].size)
 
     def multiply(number: int) -> _Problem:
         after = _columns(layer, cut[number][name])[used]
         before = _columns(layer, whole[number][name])[:-1]
         with np.errstate(invalid="ignore", over="ignore"):  # looked at below
             square = after @ after.T
-            return _Problem(square, (weight @ before) @ after.T - start @ square)
+            return _Problem(square, (weight @ before) @ after.T - start @ square, free)
 
-    total = _Problem(np.zeros((used.size, used.size)), np.zeros_like(start))
+    total = _Problem(np.zeros((used.size, used.size)), np.zeros_like(start), free)
     for part in on_all_cores(multiply, range(len(cut))):
         np.add(total.square, part.square, out=total.square)
         np.add(total.missing, part.missing, out=total.missing)

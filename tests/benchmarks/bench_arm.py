@@ -19,6 +19,7 @@ from tests.benchmarks import layers, measure
 from tests.benchmarks.layers import Shape
 from tests.benchmarks.static_cycles import Core, count, need_mca
 from topiarist.compiler.choose import conv_views, layout_plans, workload_of
+from topiarist.compiler.parts import Parts
 from topiarist.schedules.kernel import ConvKernel, ConvSite, KernelConfig
 from topiarist.schedules.kernels import conv_kernel
 from topiarist.targets import registry
@@ -43,7 +44,8 @@ def best(shape: Shape, weight: layers.FloatArray, target: TargetSpec, name: str)
     if kernel.refuses(workload, target) is not None:
         return None
     sites = [
-        ConvSite(workload, conv_views(node, plan), target) for plan in layout_plans(graph, target)
+        ConvSite(workload, conv_views(node, plan), target)
+        for plan in layout_plans(graph, Parts(target, 1))
     ]
     found = [
         (kernel.estimate_us(site, config), i, config)

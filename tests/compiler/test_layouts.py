@@ -84,3 +84,16 @@ def test_tiles_and_waste() -> None:
 def test_scores_are_not_laned() -> None:
     graph, _ = planned("resnet50", 16)
     assert not set(graph.outputs) & laned_values(graph)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_each_thread_has_a_tile_where_that_leaves_enough(threads: int) -> None:
+    graph, _ = planned("resnet50", 16)
+    (lattices, *_) = assign_lattices(find_levels(graph, 16), 1)
+    plan = LayoutPlanner(graph, lattices, 14, threads).plan()
+    layouts = [p.view.layout for p in plan.places.values() if isinstance(p.view, View)]
+    tiles = {(v.grid.rows * v.grid.cols, v.tile[0] * v.tile[1]) for v in layouts if v.tile}
+    assert len(tiles) > 2
+    for vectors, tile in tiles:
+        assert tile <= max(7, min(14, vectors // threads))
+        assert tile >= min(4, vectors)

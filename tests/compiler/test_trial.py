@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 
 from tests.models import Net
-from topiarist.compiler.choose import Candidate, Choice, Chooser, Plan
+from topiarist.compiler.choose import Candidate, Choice, Chooser, Plan, conv_views
 from topiarist.compiler.extract import extract_layers
 from topiarist.compiler.frontend import import_model
-from topiarist.compiler.graph import Graph
+from topiarist.compiler.graph import Conv, Graph
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Program
 from topiarist.compiler.simplify import simplify
 from topiarist.compiler.trial import Seconds, Trial, settle
+from topiarist.schedules.cpu.direct import DirectConfig
+from topiarist.schedules.kernels import conv_kernel
 from topiarist.targets import registry
 
 Clock = Callable[[str], float]
@@ -76,6 +78,35 @@ def test_the_clock_decides(
     assert settled.choices["first"].chosen.run_us == pytest.approx(min(seconds, 2.0) * 1e6)
     assert settled.choices["second"].chosen.config == plan.choices["second"].timed[0].config
     assert {call.layer for call in program.calls} >= {"first", "second"}
+
+
+def test_the_fastest_of_another_tile_is_a_finalist(
+    two_layers: tuple[Graph, Parts, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten configurations of one tile are faster alone, one of another tile within reach."""
+    graph, parts, plan = two_layers
+    best = plan.choices["first"].timed[0]
+    assert isinstance(best.config, DirectConfig)
+    others = [replace(best.config, in_block=n) for n in (1, 2, 4)]
+    tile = replace(best.config, rows=1, cols=1)
+    timed = [best, *(Candidate(best.kernel, c, 11.0) for c in others)]
+    timed += [Candidate(best.kernel, tile, 12.0), Candidate(best.kernel, tile, 13.0)]
+    choices = {**plan.choices, "first": Choice(best, tuple(timed))}
+    tried: list[set[str]] = []
+
+    def compare(trial: Trial, programs: list[Program]) -> list[Seconds]:
+        layers = [next(c for c in p.calls if c.layer == "first").function for p in programs]
+        tried.append(set(layers))
+        return [np.ones(len(program.calls)) for program in programs]
+
+    monkeypatch.setattr(Trial, "compare", compare)
+    wanted = [best.config, *others[:2], tile]
+    settle(graph, [replace(plan, choices=choices)], parts, nothing)
+    node = next(node for node in graph.nodes if node.name == "first")
+    assert isinstance(node, Conv)
+    site = parts.site(plan.workloads["first"], conv_views(node, plan.layouts))
+    kernel = conv_kernel(best.kernel)
+    assert tried[0] == {parts.convolution(kernel, site, c, node.weight) for c in wanted}
 
 
 def test_real_times(two_layers: tuple[Graph, Parts, Plan]) -> None:

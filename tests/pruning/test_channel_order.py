@@ -14,7 +14,7 @@ from topiarist.pruning.channel_order import filter_norms, magnitude_orders, obs_
 from topiarist.pruning.channel_steps import choose_counts, layer_channels, step_counts
 from topiarist.pruning.channels import channel_map
 from topiarist.pruning.compensation import compensate
-from topiarist.pruning.layers import weighted_layers
+from topiarist.pruning.layers import replace_weights, weighted_layers
 from topiarist.pruning.moments import damped, gather_moments
 from topiarist.pruning.shrink import shrink
 
@@ -174,6 +174,27 @@ def test_few_images_are_not_learnt_by_heart():
         for small in (fitted, shrink(model, kept))
     ]
     assert errors[0] < 1.1 * errors[1]
+
+
+def test_zeros_of_a_sparse_network_stay_while_the_rest_makes_up():
+    model = _two_layers()
+    _make, read = weighted_layers(model)
+    zeros = np.random.default_rng(3).random(read.weight.shape) < 0.7
+    sparse = onnx.ModelProto()
+    sparse.CopyFrom(model)
+    replace_weights(sparse, {read.weight_name: np.where(zeros, np.float32(0), read.weight)})
+    images, kept = _images(sparse, 64), {"make": [0, 1, 3, 4, 6]}
+    fitted = compensate(sparse, kept, images)
+    weight = weighted_layers(fitted)[1].weight
+    assert not weight[zeros].any()
+    assert np.count_nonzero(weight) == np.count_nonzero(~zeros[:, kept["make"]])
+    inputs = random_inputs(model, batch=64, seed=5)
+    expected = run_onnx(sparse, inputs)[0]
+    errors = [
+        np.square(run_onnx(shrink(small, kept), inputs)[0] - expected).sum()
+        for small in (fitted, sparse)
+    ]
+    assert errors[0] < 0.7 * errors[1]
 
 
 def test_nothing_cut_is_nothing_changed():
