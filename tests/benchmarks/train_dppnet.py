@@ -6,7 +6,7 @@ Converts the trained network, prunes until the unions of masks hold 40 % of the 
 fine-tunes, and writes checkpoint, ONNX and figures to the folder; called again, it goes on where it
 was stopped. The images are few, and the network knows them by heart. So they are cropped, flipped
 and mixed in pairs, and what is learned is what the network as it was says of them, its softened
-probabilities. The data lie beside the repository. One thread.
+probabilities. The data lie beside the repository.
 """
 
 from __future__ import annotations
@@ -156,9 +156,10 @@ def main() -> None:
     )
     parser.add_argument("--penalty", type=float, default=2e-4, help="of thresholds")
     parser.add_argument("--kept", type=float, default=0.4, help="share of the positions")
+    parser.add_argument("--threads", type=int, default=1)
     opts = parser.parse_args()
     opts.folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
+    torch.set_num_threads(opts.threads)
     console, teacher = Console(), trained()
     student = trained()
     with torch.no_grad():  # its scores are then those that it learns
