@@ -147,6 +147,7 @@ def workload_of(node: Conv, graph: Graph) -> ConvWorkload:
         sparsity=signature(node.weight, pattern),
         activation=(None, None) if act is None else (act.low, act.high),
         residual=node.residual is not None,
+        dtype=node.dtype,
         mixture=node.mixture if isinstance(node, DynamicConv) else None,
     )
 

@@ -33,10 +33,10 @@ _REUSE = 8  # kernels per support
 class Pattern:
     """The structure of a weight's zeros, and the facts behind it.
 
-    `n` and `m` belong to "n:m": n nonzeros in every m consecutive input channels, at each kernel
-    tap (for 1x1 and fully connected layers this is the flattened input axis). `block` belongs to
-    "block4x1" and "block8x1"; `supports` (distinct kernel supports) and `taps` (nonzeros in each)
-    belong to "kernel".
+    `n` and `m` belong to "n:m": n nonzeros (rarely fewer, never more) in every m consecutive
+    input channels, at each kernel tap (for 1x1 and fully connected layers this is the flattened
+    input axis). `block` belongs to "block4x1" and "block8x1"; `supports` (distinct kernel supports)
+    and `taps` (nonzeros in each) belong to "kernel".
     """
 
     kind: PatternKind
@@ -143,7 +143,7 @@ def _block_pattern(mask: Mask, groups: int) -> dict[str, Any] | None:
 
 
 def _n_m_pattern(mask: Mask) -> dict[str, Any] | None:
-    """Nearly all groups of M input channels have exactly N nonzeros, 0 < N < M."""
+    """Nearly all groups of M input channels have exactly N nonzeros, 0 < N < M; none has more."""
     density = float(mask.mean())
     for m in GROUP_SIZES:
         whole = mask.shape[1] // m * m
@@ -152,7 +152,8 @@ def _n_m_pattern(mask: Mask) -> dict[str, Any] | None:
             continue
         histogram = np.bincount(counts.ravel())
         n = int(histogram.argmax())
-        if not 0 < n < m or histogram[n] < _NEARLY_ALL * counts.size:
+        regular = len(histogram) == n + 1 and histogram[n] >= _NEARLY_ALL * counts.size
+        if not 0 < n < m or not regular:
             continue
         binomial = comb(m, n) * density**n * (1 - density) ** (m - n)
         if counts.size * log(binomial) < _CHANCE:

@@ -151,7 +151,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--epochs", type=int, nargs=4, default=(1, 12, 40, 40), help="of each stage")
+    parser.add_argument(
+        "--epochs", type=int, nargs=4, default=(1, 12, 40, 40), help="of each stage"
+    )
     parser.add_argument("--penalty", type=float, default=2e-4, help="of thresholds")
     parser.add_argument("--kept", type=float, default=0.4, help="share of positions in the unions")
     opts = parser.parse_args()
