@@ -14,12 +14,21 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from topiarist.schedules.workload import BLOCKS
+
 PatternKind = Literal[
-    "dense", "unstructured", "block4x1", "block8x1", "n:m", "kernel", "filter", "channel"
+    "dense",
+    "unstructured",
+    "block4x1",
+    "block8x1",
+    "block16x1",
+    "n:m",
+    "kernel",
+    "filter",
+    "channel",
 ]
 Mask = NDArray[np.bool_]
 
-BLOCKS = (8, 4)  # output channels per block of "block8x1" and "block4x1", the more specific first
 GROUP_SIZES = (2, 4, 8, 16)  # the M of N:M that are looked for, the most specific first
 MAX_SUPPORTS = 16  # distinct kernel supports; PatDNN (ASPLOS'20) uses 4 to 12
 
@@ -35,7 +44,7 @@ class Pattern:
 
     `n` and `m` belong to "n:m": n nonzeros (rarely fewer, never more) in every m consecutive
     input channels, at each kernel tap (for 1x1 and fully connected layers this is the flattened
-    input axis). `block` belongs to "block4x1" and "block8x1"; `supports` (distinct kernel supports)
+    input axis). `block` belongs to "block4x1" and its like; `supports` (distinct kernel supports)
     and `taps` (nonzeros in each) belong to "kernel".
     """
 
@@ -128,7 +137,7 @@ def _kernel_pattern(mask: Mask) -> dict[str, Any] | None:
 def _block_pattern(mask: Mask, groups: int) -> dict[str, Any] | None:
     """Of the blocks with a nonzero, nearly all have nothing but nonzeros."""
     density = float(mask.mean())
-    for block in BLOCKS:
+    for name, block in sorted(BLOCKS.items(), key=lambda item: -item[1]):  # most specific first
         starts = np.array(block_starts(len(mask), groups, block))
         sizes = np.diff(np.append(starts, len(mask)))
         counts = np.add.reduceat(mask, starts, axis=0, dtype=np.uint8)[sizes == block]
@@ -138,7 +147,7 @@ def _block_pattern(mask: Mask, groups: int) -> dict[str, Any] | None:
             continue
         by_chance = live * log(density**block / (1 - (1 - density) ** block))
         if by_chance < _CHANCE:
-            return {"kind": f"block{block}x1", "block": block}
+            return {"kind": name, "block": block}
     return None
 
 

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 SINGLE, HALF = "float32", "float16"  # that factors may be rounded to before they are multiplied
+# Output channels that share their zeros, by the pattern's name.
+BLOCKS = {"block4x1": 4, "block8x1": 8, "block16x1": 16}
 FULL = 0.75  # share of nonzeros from which on positions of a window count as whole
 SIGNATURE_BLOCK = 32  # input channels per block in the sparsity signature
 

@@ -11,9 +11,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from topiarist.schedules.workload import BLOCKS
 from topiarist.targets.cuda import GPUS, MAX_THREAD_REGISTERS, WARP
 from topiarist.targets.gpu import Gpu
-from topiarist.tuning_logs.counts import ALIKE, density
+from topiarist.tuning_logs.counts import density
 
 Numbers = Mapping[str, float]
 
@@ -134,7 +135,7 @@ def _shares(
     n: Numbers, gpu: Gpu, tile: _Tile, outputs: float, taps: float, pixels: float
 ) -> dict[str, float]:
     """Blocks on multiprocessors, and what the busiest of these does."""
-    alike = next((b for p, b in ALIKE.items() if n.get(f"workload.sparsity.pattern={p}")), 1)
+    alike = next((b for p, b in BLOCKS.items() if n.get(f"workload.sparsity.pattern={p}")), 1)
     union = 1 - (1 - density(n)) ** max(1.0, tile.channels / alike)
     columns = taps * union / tile.split
     in_code = bool(n.get(IN_CODE))

@@ -71,15 +71,15 @@ def wanted(p: Problem) -> references.Array:
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_agrees_with_the_reference(gpu: ProcessPoolExecutor, kernel: CudaMma) -> None:
-    """Of inputs and weights rounded to fp16, for every form and any shape."""
+    """Of inputs and weights rounded to fp16, for any shape."""
     jobs = {}
     for i, case in enumerate(CASES.values()):
         problem = pruned(case, *((2, 4), (1, 4), (2, 4), (1, 2))[i % 4])
         assert kernel.refuses(problem.workload, TARGET) is None
-        best = kernel.knobs(site_of(problem))[0]
-        for j, config in enumerate((best, FORMS[i % len(FORMS)])):
-            assert kernel.fits(site_of(problem), config)
-            jobs[f"case_{i}_{j}"] = kernel, problem, config
+        best, form = kernel.knobs(site_of(problem))[0], FORMS[i // 2 % len(FORMS)]
+        config = best if i % 2 else form
+        assert kernel.fits(site_of(problem), config)
+        jobs[f"case_{i}"] = kernel, problem, config
     results = gpu.submit(run, jobs).result()
     for name, (_, p, config) in jobs.items():
         got = check_written(p.views.y, kernel_contract.y_before(p), results[name])

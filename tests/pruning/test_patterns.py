@@ -38,7 +38,7 @@ def test_tiny_random_weights_are_not_taken_for_structured(seed):
 
 @pytest.mark.parametrize("shape", SHAPES[:4])
 @pytest.mark.parametrize("density", [0.5, 0.1, 0.05])
-@pytest.mark.parametrize("block", [4, 8])
+@pytest.mark.parametrize("block", [4, 8, 16])
 def test_blocks(shape, density, block):
     weight = _weight(shape)
     found = find_pattern(weight * block_mask(np.abs(weight), density, block=block))
