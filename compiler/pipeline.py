@@ -14,6 +14,7 @@ from topiarist.compiler.bundle import check_writable, write_bundle
 from topiarist.compiler.choose import MAX_ERROR, Advice, Chooser, Mode, Plan
 from topiarist.compiler.compiled import CompiledModel, TensorSignature
 from topiarist.compiler.frontend import import_model
+from topiarist.compiler.gpu_candidates import candidates_apart
 from topiarist.compiler.graph import Graph
 from topiarist.compiler.layer_choices import layer_choices, other_work
 from topiarist.compiler.lower import lower
@@ -104,18 +105,21 @@ def compile_model(
         parts = Parts(spec, threads)
     parts.forget_constants()
     recorded = _recorded(spec, threads, mode, log, adds=add_to_log)
-    chooser = Chooser(
-        graph,
-        parts,
-        dense=dense,
-        predictor=find_predictor(spec, threads) if mode == "estimate" else None,
-        mode=mode,
-        recorded=recorded,
-        max_error=max_error,
-        progress=report,
-    )
-    plans = chooser.plans() if advice is None else [chooser.advised(advice)]
-    if mode == "measure" and spec.gpu is not None:
+    on_gpu = mode == "measure" and spec.gpu is not None
+    with candidates_apart(on_gpu, recorded) as convs:
+        chooser = Chooser(
+            graph,
+            parts,
+            dense=dense,
+            predictor=find_predictor(spec, threads) if mode == "estimate" else None,
+            mode=mode,
+            recorded=recorded,
+            max_error=max_error,
+            convs=convs,
+            progress=report,
+        )
+        plans = chooser.plans() if advice is None else [chooser.advised(advice)]
+    if on_gpu:
         plan, program = gpu_network.timed(graph, plans[0], parts, report)
     elif mode == "measure" and not all(plan.settled for plan in plans):
         plan, program = settle(graph, plans, parts, report, recorded)

@@ -33,7 +33,7 @@ from topiarist.compiler.read_graph import read_graph
 from topiarist.compiler.recorded import Device, Recorded
 from topiarist.compiler.runtime import pinned
 from topiarist.compiler.trial import FINALISTS, settle
-from topiarist.compiler.worker import Layer, Measurer, Outcome, Steady, Variant
+from topiarist.compiler.worker import Layer, Measurer, Steady, Variant, record_of
 from topiarist.errors import BuildError, ModelError
 from topiarist.schedules.kernel import ConvKernel, ConvSite
 from topiarist.schedules.kernels import kernels_for
@@ -406,19 +406,6 @@ def contradicted(history: Sequence[TuningRecord]) -> bool:
         return False
     last = times[-1]
     return not any(max(last, us) <= AGREE * min(last, us) for us in times[:-1])
-
-
-def record_of(what: MeasureInput, outcome: Outcome, drift: float | None) -> TuningRecord:
-    """What a measurement says."""
-    drift = drift if outcome.status == "ok" else None
-    return TuningRecord(
-        what,
-        outcome.seconds,
-        status=outcome.status,
-        message=outcome.message,
-        drift=drift,
-        gpu=outcome.gpu,
-    )
 
 
 def tune_model(
