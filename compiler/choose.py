@@ -269,17 +269,14 @@ class Chooser:
             if key not in found:
                 usable = list(kernels_for(self.target))
                 known = {str(c): c for c in self._known(site, "alone", usable)}
-                timed: list[Candidate] = []
-                failed: list[str] = []
-                for c in advice.candidates[node.name]:
-                    if str(c) in known:
-                        timed.append(known[str(c)])
-                    elif c.config is not None:
-                        self._add(conv_kernel(c.kernel), c.config, node, site, timed, failed)
-                choice = _best(timed, failed, settled=False)
-                if choice is None:
-                    raise BuildError(f"{node.name}: all candidates failed; {'; '.join(failed)}")
-                found[key] = choice
+                timed = [
+                    known.get(str(c))
+                    or self._candidate(conv_kernel(c.kernel), c.config, node, site)
+                    for c in advice.candidates[node.name]
+                    if c.config is not None
+                ]
+                timed.sort(key=lambda candidate: candidate.run_us)
+                found[key] = Choice(timed[0], tuple(timed))
             choices[node.name] = found[key]
         return choices
 
@@ -410,23 +407,12 @@ class Chooser:
         for i, config in enumerate(shortlist):
             if i >= FIRST_TRIES and self._hopeless(kernel, timed):
                 return
-            if (kernel.name, config) not in known:
-                self._add(kernel, config, node, site, timed, failed)
-
-    def _add(
-        self,
-        kernel: ConvKernel[Any],
-        config: KernelConfig,
-        node: Conv,
-        site: ConvSite,
-        timed: list[Candidate],
-        failed: list[str],
-    ) -> None:
-        """A candidate to what is timed; one that a GPU fails to run, and why, to what failed."""
-        try:
-            timed.append(self._candidate(kernel, config, node, site))
-        except GpuError as error:
-            failed.append(f"{kernel.name} {config}: {error}")
+            if (kernel.name, config) in known:
+                continue
+            try:
+                timed.append(self._candidate(kernel, config, node, site))
+            except GpuError as error:
+                failed.append(f"{kernel.name} {config}: {error}")
 
     @staticmethod
     def _hopeless(kernel: ConvKernel[Any], timed: list[Candidate]) -> bool:

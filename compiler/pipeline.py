@@ -106,7 +106,8 @@ def compile_model(
     parts.forget_constants()
     recorded = _recorded(spec, threads, mode, log, adds=add_to_log)
     on_gpu = mode == "measure" and spec.gpu is not None
-    with candidates_apart(on_gpu, recorded) as convs:
+    # Advised candidates are timed here: rounds of pruning share machine code.
+    with candidates_apart(on_gpu and advice is None, recorded) as convs:
         chooser = Chooser(
             graph,
             parts,

@@ -35,10 +35,10 @@ def layers_for(module: tvm.IRModule, target: TargetSpec, precision: Precision = 
     """
     require_precision(precision, target)
     graph = simplify(extract_layers(module, dynamic=target.gpu is None))
-    return graph if precision == "fp32" else _in_half(graph)
+    return graph if precision == "fp32" else in_half(graph)
 
 
-def _in_half(graph: Graph) -> Graph:
+def in_half(graph: Graph) -> Graph:
     """The same with convolutions whose factors may be rounded to fp16."""
     nodes = (replace(n, dtype=HALF) if isinstance(n, Conv) else n for n in graph.nodes)
     return replace(graph, nodes=tuple(nodes))

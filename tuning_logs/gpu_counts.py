@@ -23,6 +23,7 @@ WAIT_CYCLES = 8.0  # for a load, when the compiler has some on their way at a ti
 INSTRUCTION_BYTES = 16.0
 IN_CODE = "kernel=cuda_compiled"  # has its weights in the code
 # On tensor cores, with the share of products that is left; warps have tiles there, not threads.
+MATRIX_TAPS = 32
 IN_MATRICES = {"kernel=cuda_mma": 1.0, "kernel=cuda_sparse_mma": 0.5}
 _BY_ARCH = {gpu.arch: gpu for gpu in GPUS}
 
@@ -110,7 +111,7 @@ class _Tile:
         factors = self.channels + self.pixels
         if self.products is not None:  # in fp16, and values on their way to shared memory
             copied = self.across * self.pixels * self.staged / self.team
-            factors = self.channels * self.products + self.pixels / 2 + copied
+            factors = (self.channels * self.products + self.pixels) / 2 + copied
         wanted = self.sums + factors + OTHER_REGISTERS
         return min(wanted, MAX_THREAD_REGISTERS)
 
@@ -128,7 +129,7 @@ class _Tile:
         """Of a thread on tensor cores, in so many taps: to copy inputs, and of whole matrices."""
         assert self.products is not None
         matrices = self.pixels / 8 + self.channels / 16 * 2 * self.products
-        return columns * (self.across * self.pixels / self.team + matrices / WARP)
+        return columns * (self.across * self.pixels / self.team + matrices / MATRIX_TAPS)
 
 
 def _shares(

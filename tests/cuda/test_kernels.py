@@ -142,6 +142,14 @@ class TestKernels:
         assert {config for _, _, config in jobs.values()} == set(forms)
         check(gpu, jobs)
 
+    def test_batches(self, gpu: ProcessPoolExecutor, kernel: ConvKernel[Any]) -> None:
+        """Pixels of many images in a block, halo of all of them."""
+        jobs: dict[str, Job] = {}
+        for batch in (4, 16, 64):
+            problem = problem_of(ConvCase(6, 16, (3, 4), batch=batch, residual="operand"))
+            jobs[f"batch_{batch}"] = kernel, problem, kernel.knobs(site_of(problem))[0]
+        check(gpu, jobs)
+
     def test_patterns_of_zeros(self, gpu: ProcessPoolExecutor, kernel: ConvKernel[Any]) -> None:
         """N:M, kernel patterns and blocks."""
         jobs: dict[str, Job] = {}

@@ -107,6 +107,21 @@ def test_agrees_with_onnx_runtime(
     assert bool({"cuda_sparse", "cuda_compiled"} & kernels) == (density < 1)
 
 
+@pytest.mark.parametrize("batch", [4, 16, 64])
+def test_batches(gpu: ProcessPoolExecutor, tmp_path: Path, batch: int) -> None:
+    """A sparse network with a stride, a 1x1 and a fully connected layer."""
+    net = Net()
+    x = net.node("Relu", net.conv(net.input(batch, 3, 7, 7), 16, 3, strides=[2, 2]))
+    x = net.node("Flatten", net.conv(x, 8, 16, 1))
+    x = net.node("Gemm", x, net.weight(4, 8 * 16), net.weight(4), transB=1)
+    model, _ = prune_model(net.model(x), density=0.2)
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    inputs = random_inputs(model)
+    ran = gpu.submit(compile_and_run, path, False, [inputs]).result()
+    assert worst_error(ran.outputs[0], run_onnx(model, inputs)) < 1e-5
+
+
 def test_kernels_are_chosen_by_time(gpu: ProcessPoolExecutor, tmp_path: Path) -> None:
     """On a machine with a GPU; all that was timed is in the log."""
     net = Net()

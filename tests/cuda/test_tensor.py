@@ -38,6 +38,7 @@ CASES = {
     "groups": ConvCase(32, 48, (5, 6), groups=2, density=1.0, batch=3),
     "dilated": ConvCase(8, 16, (9, 9), dilation=(2, 1), padding=(2, 1, 2, 1), density=1.0),
     "batch 4": replace(POINTWISE, batch=4, outputs=32),
+    "batch 16": ConvCase(4, 24, (4, 3), batch=16, density=1.0, residual="operand"),
     "batch 64": ConvCase(8, 16, (3, 3), batch=64, density=1.0),
 }
 # One warp; warps both ways; teams; more taps than there are; more pixels than threads, and fewer.
