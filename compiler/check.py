@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from topiarist.schedules.kernel import ConvSite
 from topiarist.schedules.layout import View
-from topiarist.schedules.workload import ConvWorkload
+from topiarist.schedules.workload import HALF, SINGLE, ConvWorkload
 
 FloatArray = NDArray[np.float32]
 DoubleArray = NDArray[np.float64]
-TOLERANCE = 1e-4  # largest difference, as a share of the largest value
+# Largest difference, as a share of the largest value; fp16 keeps 11 bits of each factor.
+TOLERANCES = {SINGLE: 1e-4, HALF: 2e-3}
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,14 @@ class Expectation:
     at: NDArray[np.int64]
     wanted: DoubleArray
 
-    def mismatch(self, y: FloatArray) -> str | None:
-        """What is wrong with a result, None if nothing is."""
+    def mismatch(self, y: FloatArray, dtype: str = SINGLE) -> str | None:
+        """What is wrong with a result of factors in `dtype`, None if nothing is."""
         got = y[self.at].astype(np.float64)
         if not np.isfinite(got).all():
             return f"{int((~np.isfinite(got)).sum())} of {got.size} values are not finite"
         scale = float(np.abs(self.wanted).max()) or 1.0
         worst = float(np.abs(got - self.wanted).max()) / scale
-        return None if worst <= TOLERANCE else f"off by {worst:.1e} of the largest value"
+        return None if worst <= TOLERANCES[dtype] else f"off by {worst:.1e} of the largest value"
 
 
 def expectation(site: ConvSite, weight: FloatArray, bias: FloatArray, seed: int = 0) -> Expectation:

@@ -23,7 +23,7 @@ from topiarist.compiler.layouts import LayoutPlan, LayoutPlanner, Place
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Ref
 from topiarist.compiler.recorded import Recorded, strip
-from topiarist.errors import BuildError, MissingRecordsError, TopiaristError
+from topiarist.errors import BuildError, GpuError, MissingRecordsError, TopiaristError
 from topiarist.pruning.patterns import find_pattern
 from topiarist.schedules.cpu import linear, relayout
 from topiarist.schedules.cpu.core import core_of
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 Mode = Literal["estimate", "measure", "finalists", "strict"]
 CallSeconds = Callable[[str, list[Any]], tuple[float, ...]]
+ConvSeconds = Callable[[ConvKernel[Any], KernelConfig, ConvSite, Conv], tuple[float, ...]]
 
 ASSIGNMENTS = 3
 MAX_ERROR = 1e-4
@@ -147,6 +148,7 @@ def workload_of(node: Conv, graph: Graph) -> ConvWorkload:
         sparsity=signature(node.weight, pattern),
         activation=(None, None) if act is None else (act.low, act.high),
         residual=node.residual is not None,
+        dtype=node.dtype,
         mixture=node.mixture if isinstance(node, DynamicConv) else None,
     )
 
@@ -190,7 +192,8 @@ class Chooser:
     timed in the network where that was done. The last two raise MissingRecordsError naming the
     layers that have no record. `max_error` bounds what inexact kernels (Winograd) add to the
     error of the network's outputs, relative to the largest; 0 leaves them out. `seconds` times a
-    function of the parts on its arguments (buffers and constants), by default here.
+    function of the parts on its arguments (buffers and constants), by default here; `convs`, where
+    given, times and records convolutions instead. Candidates that raise GpuError are left out.
     """
 
     def __init__(
@@ -204,6 +207,7 @@ class Chooser:
         recorded: Recorded | None = None,
         max_error: float = MAX_ERROR,
         seconds: CallSeconds | None = None,
+        convs: ConvSeconds | None = None,
         progress: Progress,
     ) -> None:
         self.graph = graph
@@ -220,6 +224,7 @@ class Chooser:
             node.name: workload_of(node, graph) for node in graph.nodes if isinstance(node, Conv)
         }
         self.layer_error = layer_error(len(self.workloads), max_error)
+        self.conv_seconds = convs
         self._convs: dict[Hashable, Choice | None] = {}
         self._moves: dict[Any, float] = {}
 
@@ -343,7 +348,7 @@ class Chooser:
                 shortlist = self._shortlist(kernel, site)
                 if not shortlist:
                     refusals.append(f"{kernel.name}: no configuration fits {site.views.x.layout}")
-                self._try(kernel, shortlist, node, site, timed)
+                self._try(kernel, shortlist, node, site, timed, refusals)
             if not timed:
                 raise BuildError(f"{node.name}: no kernel serves the layer; {'; '.join(refusals)}")
         return _best(timed, refusals, settled=bool(settled))
@@ -388,6 +393,7 @@ class Chooser:
         node: Conv,
         site: ConvSite,
         timed: list[Candidate],
+        failed: list[str],
     ) -> None:
         """Add the kernel's shortlist to what is timed, or only its first ones if they are slow."""
         known = {(candidate.kernel, candidate.config) for candidate in timed}
@@ -403,14 +409,18 @@ class Chooser:
         for i, config in enumerate(shortlist):
             if i >= FIRST_TRIES and self._hopeless(kernel, timed):
                 return
-            if (kernel.name, config) not in known:
+            if (kernel.name, config) in known:
+                continue
+            try:
                 timed.append(self._candidate(kernel, config, node, site))
+            except GpuError as error:
+                failed.append(f"{kernel.name} {config}: {error}")
 
     @staticmethod
     def _hopeless(kernel: ConvKernel[Any], timed: list[Candidate]) -> bool:
         """Whether the kernel's first tries lie so far behind that no knob will mend it."""
-        own = min(c.run_us for c in timed if c.kernel == kernel.name)
-        return own > HOPELESS * min(c.run_us for c in timed)
+        own = min((c.run_us for c in timed if c.kernel == kernel.name), default=math.inf)
+        return own > HOPELESS * min((c.run_us for c in timed), default=math.inf)
 
     def _shortlist(self, kernel: ConvKernel[Any], site: ConvSite) -> list[KernelConfig]:
         """The configurations worth trying, most promising first."""
@@ -432,6 +442,9 @@ class Chooser:
         if self.timer is None:
             us = kernel.estimate_us(site, config)
             return Candidate(kernel.name, config, us, measured=False)
+        if self.conv_seconds is not None:
+            us = typical_us(self.conv_seconds(kernel, config, site, node))
+            return Candidate(kernel.name, config, us)
         workload, views = site.workload, site.views
         packed = kernel.pack(site, config, node.weight)
         name = self.parts.convolution(kernel, site, config, node.weight)

@@ -109,8 +109,13 @@ def verify(
         Path | None, typer.Option(help="Inputs by name in an .npz file; default: random ones.")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="Largest difference, as a share of the output's range.")
-    ] = 1e-4,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Largest difference, as a share of the output's range. "
+            "Default: 1e-4, or 1e-2 where a layer multiplies in fp16.",
+        ),
+    ] = None,
     target: Annotated[
         str | None, typer.Option(help="Refuse a bundle that was compiled for another target.")
     ] = None,

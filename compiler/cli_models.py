@@ -24,6 +24,7 @@ from topiarist.compiler.cli_output import (
 from topiarist.errors import ModelError
 from topiarist.targets import registry
 from topiarist.targets.detect import runs_here
+from topiarist.targets.precision import Precision, parse_precision, require_precision
 
 if TYPE_CHECKING:
     from topiarist.compiler.analysis import LayerReport
@@ -40,6 +41,13 @@ Target = Annotated[
     typer.Option("--target", "-t", help="A target's name, or its file; host: this machine."),
 ]
 Threads = Annotated[int, typer.Option(min=1, help="Threads that bundles will run with.")]
+Precise = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        help="fp16: kernels may multiply in fp16, with sums in fp32, on GPUs with tensor cores.",
+    ),
+]
 Batch = Annotated[int | None, typer.Option(min=1, help="Batch, where the model's is open.")]
 
 
@@ -50,25 +58,29 @@ def inspect(
         str | None,
         typer.Option("--target", "-t", help="For a model: a target's name; default: this machine."),
     ] = None,
+    precision: Precise = "fp32",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Explain each layer: of a model what pruning gains it, of a bundle what it runs and why."""
     if not model.is_dir():
-        _inspect_model(model, target or registry.HOST, as_json)
-    elif target is None:
+        _inspect_model(model, target or registry.HOST, parse_precision(precision), as_json)
+    elif target is None and precision == "fp32":
         inspect_bundle(model, as_json)
     else:
-        raise ValueError(f"{model} is a bundle, compiled for its target: leave --target out")
+        raise ValueError(
+            f"{model} is a bundle, compiled for its target: leave --target and --precision out"
+        )
 
 
-def _inspect_model(model: Path, target: str, as_json: bool) -> None:
+def _inspect_model(model: Path, target: str, precision: Precision, as_json: bool) -> None:
     from topiarist.compiler.analysis import analyse
     from topiarist.compiler.estimate import estimate_layers
     from topiarist.compiler.frontend import load_onnx
     from topiarist.compiler.predictor import find_predictor
 
     spec = registry.get(target)
+    require_precision(precision, spec)
     loaded = load_onnx(model)
     layers = analyse(loaded)
     predictor = find_predictor(spec, 1)
@@ -76,7 +88,7 @@ def _inspect_model(model: Path, target: str, as_json: bool) -> None:
     estimates: dict[str, LayerEstimate] = {}
     problem = None
     try:
-        estimates = estimate_layers(loaded, spec, predictor)
+        estimates = estimate_layers(loaded, spec, predictor, precision)
     except ModelError as error:
         problem = str(error)
     total = _total(layers) | _total_estimate(estimates)
@@ -84,7 +96,7 @@ def _inspect_model(model: Path, target: str, as_json: bool) -> None:
         reports = [
             layer.to_json() | {"estimate": _json(estimates.get(layer.layer))} for layer in layers
         ]
-        asked = {"model": str(model), "target": spec.name, "source": source}
+        asked = {"model": str(model), "target": spec.name, "precision": precision, "source": source}
         print_json(asked | {"layers": reports, "total": total, "problem": problem})
         return
     print_table(
@@ -183,6 +195,7 @@ def compile_(
             help="Error of the outputs, relative to the largest, that Winograd may add; 0: none.",
         ),
     ] = 1e-4,
+    precision: Precise = "fp32",
     measure: Annotated[
         bool | None,
         typer.Option(
@@ -223,6 +236,7 @@ def compile_(
     from topiarist.compiler.bundle import check_writable
 
     spec = registry.get(target)
+    multiplied = parse_precision(precision)
     check_writable(output)
     from topiarist.compiler.pipeline import compile_model
     from topiarist.targets.linker import LinkOptions
@@ -238,6 +252,7 @@ def compile_(
             batch=batch,
             dense=dense,
             max_error=max_error,
+            precision=multiplied,
             measure=measure,
             strict=strict,
             log=user_folder() if log is None and user_folder().exists() else log,

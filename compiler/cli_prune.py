@@ -84,8 +84,8 @@ def prune(
     pattern: Annotated[
         list[str] | None,
         typer.Option(
-            help="unstructured, block4x1, block8x1, filter, N:M such as 2:4, kernel4 (of a 3x3); "
-            "with --speedup, --latency and --sweep repeatable, to choose between. "
+            help="unstructured, block4x1, block8x1, block16x1, filter, N:M such as 2:4, kernel4 "
+            "(of a 3x3); with --speedup, --latency and --sweep repeatable, to choose between. "
             "Default: unstructured, and for those filter as well."
         ),
     ] = None,

@@ -53,7 +53,8 @@ def train_prune(
     method: Annotated[
         str,
         typer.Option(
-            help="surgery, lasso, or group lasso on block4x1, block8x1, filter or position."
+            help="surgery, lasso, or group lasso on block4x1, block8x1, block16x1, filter or "
+            "position."
         ),
     ] = "surgery",
     strength: Annotated[

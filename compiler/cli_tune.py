@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from topiarist.compiler.cli_models import Batch, Model, Target, Threads
+from topiarist.compiler.cli_models import Batch, Model, Precise, Target, Threads
 from topiarist.compiler.cli_output import (
     Debug,
     Json,
@@ -27,6 +27,7 @@ from topiarist.compiler.cli_output import (
 )
 from topiarist.errors import TargetError
 from topiarist.targets import registry
+from topiarist.targets.precision import parse_precision, require_precision
 
 if TYPE_CHECKING:
     from topiarist.compiler.boards.networks import OnBoards
@@ -60,6 +61,7 @@ def tune(
     ] = None,
     threads: Threads = 1,
     batch: Batch = None,
+    precision: Precise = "fp32",
     tracker: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT", help="Measure on the boards that this tracker knows."),
@@ -80,7 +82,8 @@ def tune(
         budget_s = parse_duration(budget or DEFAULT_BUDGET)
     else:
         budget_s = None
-    spec = registry.get(target)
+    spec, multiplied = registry.get(target), parse_precision(precision)
+    require_precision(multiplied, spec)
     from topiarist.compiler.tune import TuneOptions, tune_model
     from topiarist.tuning_logs.sources import open_logs
 
@@ -93,6 +96,7 @@ def tune(
             *(model, spec, logs, measurer, options),
             threads=threads,
             batch=batch,
+            precision=multiplied,
             where=where,
             progress=progress,
         )
@@ -100,7 +104,7 @@ def tune(
         complain(f"note: skipped {defect}")
     if as_json:
         paths = {"model": str(model), "target": spec.name, "log": str(logs.own.path)}
-        print_json({**paths, "threads": threads, **asdict(report)})
+        print_json({**paths, "precision": multiplied, "threads": threads, **asdict(report)})
     else:
         _print_report(report, logs.own.path)
 

@@ -35,8 +35,8 @@ from topiarist.compiler.read_graph import read_graph
 from topiarist.compiler.recorded import Device, is_current
 from topiarist.compiler.runtime import pinned
 from topiarist.compiler.trial import Trial
-from topiarist.compiler.tune import BATCH, Clock, candidates, record_of
-from topiarist.compiler.worker import RETRIES, Drift, Layer, Measurer, Steady, Variant
+from topiarist.compiler.tune import BATCH, Clock, candidates
+from topiarist.compiler.worker import RETRIES, Drift, Layer, Measurer, Steady, Variant, record_of
 from topiarist.schedules.kernel import ConvSite
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.cost_model import Dataset, LatencyModel, is_usable

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from topiarist.targets.precision import Precision
 from topiarist.targets.spec import TargetSpec
 
 
@@ -48,7 +49,7 @@ class LayerChoice:
     how, so that only these are compared with each other. `limits` is None where nothing was
     measured; `explanation` tells all of it in sentences. `weight_shape` is [O, C / groups, kh, kw]
     or [M, K], `output_shape` [N, C, H, W] or [N, M]. Older bundles have neither shapes nor
-    `pattern` nor `timed`: these are empty then.
+    `pattern` nor `timed`: these are empty then. `precision` is what the kernel multiplies in.
     """
 
     layer: str
@@ -71,6 +72,7 @@ class LayerChoice:
     groups: int = 1
     pattern: str = ""
     timed: Conditions = ""
+    precision: Precision = "fp32"
 
 
 @dataclass(frozen=True)

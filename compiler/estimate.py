@@ -14,6 +14,7 @@ from topiarist.compiler.layer_choices import layer_facts
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.predictor import Predictor
 from topiarist.compiler.read_graph import read_graph
+from topiarist.targets.precision import Precision
 from topiarist.targets.spec import TargetSpec
 
 
@@ -39,13 +40,16 @@ class LayerEstimate:
 
 
 def estimate_layers(
-    model: onnx.ModelProto, target: TargetSpec, predictor: Predictor | None = None
+    model: onnx.ModelProto,
+    target: TargetSpec,
+    predictor: Predictor | None = None,
+    precision: Precision = "fp32",
 ) -> dict[str, LayerEstimate]:
     """An estimate for each layer that topiarist's kernels run, without a model by counting.
 
-    Raises ModelError.
+    Raises ModelError, TargetError.
     """
-    graph = read_graph(model, target)
+    graph = read_graph(model, target, precision=precision)
     chooser = Chooser(
         graph,
         Parts(target, 1),

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from topiarist.compiler.compiled import LayerLimits
 from topiarist.schedules.kernels import CONV_KERNELS
+from topiarist.schedules.workload import HALF
+from topiarist.targets.precision import Precision
 from topiarist.targets.spec import TargetSpec
 
 DENSE_FROM = 0.95  # more nonzeros than that count as dense, as in `pruning.patterns`
@@ -21,6 +23,14 @@ FEW_NONZEROS = 16.0  # in a row: its end costs about as much as eight of them
 WASTED_LANES = 0.1
 
 _SPARSE = {kernel.name for kernel in CONV_KERNELS if kernel.sparse} | {"sparse_linear"}
+
+
+_HALF = {kernel.name for kernel in CONV_KERNELS if kernel.dtype == HALF}
+
+
+def precision_of(kernel: str) -> Precision:
+    """What the kernel of that name multiplies in."""
+    return "fp16" if kernel in _HALF else "fp32"
 
 
 def skips_zeros(kernel: str) -> bool:
@@ -89,6 +99,8 @@ def limits_of(
 def explain(facts: LayerFacts, limits: LayerLimits | None) -> tuple[str, ...]:
     """Sentences: what runs and over what, how near to the limit, and why zeros gain no more."""
     sentences = [_choice(facts)]
+    if precision_of(facts.kernel) == "fp16":
+        sentences.append("It multiplies in fp16 and sums in fp32.")
     if limits is not None:
         sentences.append(_share(facts, limits))
     if facts.density <= DENSE_FROM:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from topiarist.schedules.workload import Mixture
+from topiarist.schedules.workload import SINGLE, Mixture
 
 FloatArray = NDArray[np.float32]
 
@@ -57,6 +57,7 @@ class Conv(Node):
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     activation: Activation | None = None
+    dtype: str = SINGLE  # the least precise that factors may be rounded to
 
     residual_at: ClassVar[int] = 1  # its place among the inputs
 

@@ -12,13 +12,13 @@ import numpy as np
 from topiarist.compiler.graph import Activation, Conv, FloatArray, Graph, Linear, Node, Value
 from topiarist.pruning.masks import block_mask, unstructured_mask
 from topiarist.pruning.saliency import magnitude
+from topiarist.schedules.workload import BLOCKS
 
 Random = np.random.Generator
 
 DENSE_SHARE = 0.2  # of the layers keeps all weights
 DENSITIES = (0.01, 0.7)
 PATTERNS = {"unstructured": 0.7, "block4x1": 0.15, "block8x1": 0.15}
-BLOCKS = {"block4x1": 4, "block8x1": 8}
 ROW_SPREAD = 0.3  # of the logarithm of a filter's size: pruned filters differ in nonzeros
 
 CHAIN_LAYERS = 8

@@ -145,7 +145,7 @@ class LayerBench:
         right = []
         for each in built:
             self.tell("run", each.index)
-            wrong = self._check(each)
+            wrong = self._check(each, variants[each.index].kernel.dtype)
             if wrong is None:
                 right.append(each)
             else:
@@ -195,7 +195,7 @@ class LayerBench:
         args = [self.x, *packed, self.bias, *self.residual, self.y]
         return _Built(index, function, self.machine.turns(args))
 
-    def _check(self, built: _Built) -> str | None:
+    def _check(self, built: _Built, dtype: str) -> str | None:
         """Run once on known data; what is wrong with the result, None if nothing is."""
         self.y.copyfrom(self.expected.y_before)
         args = next(built.arguments)
@@ -205,7 +205,7 @@ class LayerBench:
             raise
         except Exception as error:  # as above: arguments that don't fit, say
             return f"{type(error).__name__}: {error}"
-        return self.expected.mismatch(self.y.numpy())
+        return self.expected.mismatch(self.y.numpy(), dtype)
 
     def _time(self, built: list[_Built]) -> tuple[float, ...]:
         """Time all variants in turns; the reference kernel's seconds before each round."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from topiarist.compiler.choose import Choice, Plan, conv_views
 from topiarist.compiler.compiled import Conditions, LayerChoice, OtherWork
-from topiarist.compiler.explain import KernelTime, LayerFacts, explain, limits_of
+from topiarist.compiler.explain import KernelTime, LayerFacts, explain, limits_of, precision_of
 from topiarist.compiler.graph import (
     Add,
     Affine,
@@ -81,6 +81,7 @@ def layer_choices(
                 groups=node.groups if isinstance(node, Conv) else 1,
                 pattern=_pattern(node, plan),
                 timed=_conditions(choice),
+                precision=precision_of(choice.chosen.kernel),
             )
         )
     return choices

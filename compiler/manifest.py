@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from topiarist.compiler.compiled import LayerChoice, LayerLimits, OtherWork, TensorSignature
+from topiarist.targets.precision import Precision
 from topiarist.targets.spec import TargetSpec
 
 FORMAT = "topiarist-bundle"
@@ -71,6 +72,11 @@ class Manifest:
         """Whether all inputs and outputs have the same first axis, taken for the batch."""
         firsts = {s.shape[0] if s.shape else None for s in (*self.inputs, *self.outputs)}
         return len(firsts) == 1 and None not in firsts and 0 not in firsts
+
+    @property
+    def precisions(self) -> set[Precision]:
+        """What layers multiply in; all but convolutions do in fp32."""
+        return {"fp32", *(layer.precision for layer in self.layers)}
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain JSON values."""

@@ -14,6 +14,7 @@ from topiarist.compiler.bundle import check_writable, write_bundle
 from topiarist.compiler.choose import MAX_ERROR, Advice, Chooser, Mode, Plan
 from topiarist.compiler.compiled import CompiledModel, TensorSignature
 from topiarist.compiler.frontend import import_model
+from topiarist.compiler.gpu_candidates import candidates_apart
 from topiarist.compiler.graph import Graph
 from topiarist.compiler.layer_choices import layer_choices, other_work
 from topiarist.compiler.lower import lower
@@ -29,6 +30,7 @@ from topiarist.errors import MissingRecordsError, TargetError
 from topiarist.targets import nvrtc, registry
 from topiarist.targets.detect import runs_here
 from topiarist.targets.linker import AUTOMATIC, LinkOptions, find_linker
+from topiarist.targets.precision import Precision, require_precision
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.record import now
 from topiarist.tuning_logs.sources import TuningLogs, open_logs, shipped_logs
@@ -47,6 +49,7 @@ def compile_model(
     batch: int | None = None,
     dense: bool = False,
     max_error: float = MAX_ERROR,
+    precision: Precision = "fp32",
     measure: bool | None = None,
     strict: bool = False,
     log: Path | None = None,
@@ -66,12 +69,13 @@ def compile_model(
 
     `batch` overrides the model's batch size; `dense` leaves the sparse kernels out, which is what
     a sparse build is compared with. `max_error` bounds the error, relative to the largest output,
-    that Winograd kernels may add; 0 leaves them out. `log` is a tuning log or a folder of them,
-    asked before the logs that come with the package; what is timed is added to it, unless
-    `add_to_log` is False. `strict` takes every time from the logs: nothing is measured, and the
-    same model and logs give the same bundle. `parts` of an earlier compilation for this target and
-    number of threads spare making the same machine code again. `advice` names the few candidates
-    to measure. `progress(stage, done, total)` is called along the way.
+    that Winograd kernels may add; 0 leaves them out. With the `precision` "fp16" kernels compete
+    that round the factors of convolutions to fp16; values in memory and sums stay fp32. `log` is a
+    tuning log or a folder of them, asked before the logs that come with the package; what is timed
+    is added to it, unless `add_to_log` is False. `strict` takes every time from the logs: nothing
+    is measured, and the same model and logs give the same bundle. `parts` of an earlier compilation
+    for this target and number of threads spare making the same machine code again. `advice` names
+    the few candidates to measure. `progress(stage, done, total)` is called along the way.
     Raises ModelError, TargetError, OutputError, BuildError, GpuError, TuningLogError or, if
     `strict`, MissingRecordsError, each saying what to do.
     """
@@ -85,6 +89,7 @@ def compile_model(
         raise ValueError(f"threads must be at least 1, got {threads}")
     if not max_error >= 0:
         raise ValueError(f"max_error must not be negative, got {max_error}")
+    require_precision(precision, spec)
     if spec.gpu is not None:
         nvrtc.require()
     if output is not None:
@@ -94,24 +99,28 @@ def compile_model(
 
     report("import", 0, 1)
     module = import_model(model, batch=batch)
-    graph = layers_for(module, spec)
+    graph = layers_for(module, spec, precision)
     report("import", 1, 1)
     if parts is None:
         parts = Parts(spec, threads)
     parts.forget_constants()
     recorded = _recorded(spec, threads, mode, log, adds=add_to_log)
-    chooser = Chooser(
-        graph,
-        parts,
-        dense=dense,
-        predictor=find_predictor(spec, threads) if mode == "estimate" else None,
-        mode=mode,
-        recorded=recorded,
-        max_error=max_error,
-        progress=report,
-    )
-    plans = chooser.plans() if advice is None else [chooser.advised(advice)]
-    if mode == "measure" and spec.gpu is not None:
+    on_gpu = mode == "measure" and spec.gpu is not None
+    # Advised candidates are timed here: rounds of pruning share machine code.
+    with candidates_apart(on_gpu and advice is None, recorded) as convs:
+        chooser = Chooser(
+            graph,
+            parts,
+            dense=dense,
+            predictor=find_predictor(spec, threads) if mode == "estimate" else None,
+            mode=mode,
+            recorded=recorded,
+            max_error=max_error,
+            convs=convs,
+            progress=report,
+        )
+        plans = chooser.plans() if advice is None else [chooser.advised(advice)]
+    if on_gpu:
         plan, program = gpu_network.timed(graph, plans[0], parts, report)
     elif mode == "measure" and not all(plan.settled for plan in plans):
         plan, program = settle(graph, plans, parts, report, recorded)

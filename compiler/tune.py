@@ -33,10 +33,11 @@ from topiarist.compiler.read_graph import read_graph
 from topiarist.compiler.recorded import Device, Recorded
 from topiarist.compiler.runtime import pinned
 from topiarist.compiler.trial import FINALISTS, settle
-from topiarist.compiler.worker import Layer, Measurer, Outcome, Steady, Variant
+from topiarist.compiler.worker import Layer, Measurer, Steady, Variant, record_of
 from topiarist.errors import BuildError, ModelError
 from topiarist.schedules.kernel import ConvKernel, ConvSite
 from topiarist.schedules.kernels import kernels_for
+from topiarist.targets.precision import Precision
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.features import columns_of, features
 from topiarist.tuning_logs.record import (
@@ -407,19 +408,6 @@ def contradicted(history: Sequence[TuningRecord]) -> bool:
     return not any(max(last, us) <= AGREE * min(last, us) for us in times[:-1])
 
 
-def record_of(what: MeasureInput, outcome: Outcome, drift: float | None) -> TuningRecord:
-    """What a measurement says."""
-    drift = drift if outcome.status == "ok" else None
-    return TuningRecord(
-        what,
-        outcome.seconds,
-        status=outcome.status,
-        message=outcome.message,
-        drift=drift,
-        gpu=outcome.gpu,
-    )
-
-
 def tune_model(
     model: Path,
     target: TargetSpec,
@@ -429,6 +417,7 @@ def tune_model(
     *,
     threads: int = 1,
     batch: int | None = None,
+    precision: Precision = "fp32",
     where: OnBoards | None = None,
     clock: Clock = time.monotonic,
     progress: ProgressCall | None = None,
@@ -436,13 +425,13 @@ def tune_model(
     """Search the kernels of a model and write what they take into the first log.
 
     They run on this machine, or `where` the measurer has them run. Afterwards `compile --strict`
-    from that log builds the fastest network that was found. Raises ModelError, BuildError,
-    GpuError, BoardError, TuningLogError or OutputError.
+    from that log, with the same `precision`, builds the fastest network that was found. Raises
+    ModelError, TargetError, BuildError, GpuError, BoardError, TuningLogError or OutputError.
     """
     options = options or TuneOptions()
     report = progress or (lambda step: None)
     start = clock()
-    graph = read_graph(model, target, batch=batch)
+    graph = read_graph(model, target, batch=batch, precision=precision)
     parts = Parts(target, threads)
     device = where.device() if where else Device.here(target, threads)
     recorded = Recorded(logs, device, adds=True)

@@ -16,8 +16,11 @@ from topiarist.compiler.input_data import random_inputs
 from topiarist.compiler.manifest import Manifest
 from topiarist.compiler.session import Session
 from topiarist.errors import ModelError
+from topiarist.targets.precision import Precision
 
 SAMPLES = 8  # made up when no inputs are given
+# Of the outputs, as a share of the largest; fp16 is for bundles with a layer that multiplies in it.
+TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2}
 
 Array = NDArray[Any]
 
@@ -60,12 +63,13 @@ def verify(
     model_path: Path | str,
     inputs: Mapping[str, Array] | None = None,
     *,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
     open_bundle: Callable[[Path | str], Runnable] = Session,
 ) -> VerifyResult:
     """Run both on the same inputs, seeded standard normal ones by default.
 
-    Passed means: all is finite and `max_rel <= tolerance`. Raises BundleError, ModelError, and
+    Passed means: all is finite and `max_rel <= tolerance`, by default that of the bundle's
+    precision. Raises BundleError, ModelError, and
     ValueError for inputs that the network doesn't take.
     """
     session = open_bundle(bundle_path)
@@ -73,6 +77,8 @@ def verify(
     ours = session.run(None, feeds)
     names = [s.name for s in session.manifest.outputs]
     theirs = reference_outputs(Path(model_path), names, feeds)
+    if tolerance is None:
+        tolerance = max(TOLERANCES[p] for p in session.manifest.precisions)
     return compare(ours, theirs, samples=_samples(feeds), tolerance=tolerance)
 
 

@@ -23,7 +23,13 @@ from topiarist.errors import BuildError, GpuError
 from topiarist.schedules.kernel import ConvKernel, ConvSite, KernelConfig
 from topiarist.targets import gpu_state
 from topiarist.targets.gpu_state import GpuState
-from topiarist.tuning_logs.record import DRIFT_LIMIT, Status, typical_us
+from topiarist.tuning_logs.record import (
+    DRIFT_LIMIT,
+    MeasureInput,
+    Status,
+    TuningRecord,
+    typical_us,
+)
 
 Stage = Literal["start", "prepare", "build", "run"]
 
@@ -55,6 +61,19 @@ class Outcome:
     status: Status = "ok"
     message: str = ""
     gpu: GpuState | None = None
+
+
+def record_of(what: MeasureInput, outcome: Outcome, drift: float | None) -> TuningRecord:
+    """What a measurement says."""
+    drift = drift if outcome.status == "ok" else None
+    return TuningRecord(
+        what,
+        outcome.seconds,
+        status=outcome.status,
+        message=outcome.message,
+        drift=drift,
+        gpu=outcome.gpu,
+    )
 
 
 @dataclass(frozen=True)

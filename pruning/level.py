@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BLOCK_ROWS = {"unstructured": 1, "block4x1": 4, "block8x1": 8}  # filters that share their zeros
+from topiarist.schedules.workload import BLOCKS
+
+BLOCK_ROWS = {"unstructured": 1, **BLOCKS}  # filters that share their zeros
 LEVELS = 30
 DENSEST, SPARSEST = 0.9, 0.01
 KERNEL_TAPS = 9  # of the 3x3 kernels that "kernel<k>" is for
@@ -17,8 +19,8 @@ KERNEL_TAPS = 9  # of the 3x3 kernels that "kernel<k>" is for
 class Level:
     """A pattern and the share of weights that stay, 1.0 for "dense".
 
-    Patterns are "dense", "unstructured", "block4x1", "block8x1", "N:M" (as in "2:4") and
-    "kernel<k>": each 3x3 kernel keeps k taps, in one of a few arrangements.
+    Patterns are "dense", "unstructured", "block4x1", "block8x1", "block16x1", "N:M" (as in "2:4")
+    and "kernel<k>": each 3x3 kernel keeps k taps, in one of a few arrangements.
     """
 
     pattern: str

@@ -18,8 +18,8 @@ from topiarist.pruning.layers import WeightedLayer, replace_weights, weighted_la
 from topiarist.pruning.masks import block_mask, n_m_mask, unstructured_mask
 from topiarist.pruning.patterns import Mask
 from topiarist.pruning.saliency import magnitude
+from topiarist.schedules.workload import BLOCKS
 
-BLOCKS = {"block4x1": 4, "block8x1": 8}
 PATTERNS = ("unstructured", *BLOCKS, "filter", "N:M")
 FEW_CHANNELS = 4
 
@@ -67,9 +67,9 @@ def prune_model(
 ) -> tuple[onnx.ModelProto, list[PrunedLayer]]:
     """A copy of the model with its smallest weights set to zero, and what was done per weight.
 
-    `pattern` is "unstructured", "block4x1" or "block8x1" (4 or 8 consecutive output channels share
-    their zeros), "filter" or "N:M", for example "2:4": N of every M consecutive input channels
-    stay. `density` (0..1] is the share of weights that stay, N / M for "N:M".
+    `pattern` is "unstructured", "block4x1", "block8x1" or "block16x1" (so many consecutive output
+    channels share their zeros), "filter" or "N:M", for example "2:4": N of every M consecutive
+    input channels stay. `density` (0..1] is the share of weights that stay, N / M for "N:M".
 
     Left dense, unless `layer_density` names them: fully connected layers, the convolution that
     reads the network's input, depthwise convolutions. All else in the file stays the same.

@@ -14,12 +14,21 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from topiarist.schedules.workload import BLOCKS
+
 PatternKind = Literal[
-    "dense", "unstructured", "block4x1", "block8x1", "n:m", "kernel", "filter", "channel"
+    "dense",
+    "unstructured",
+    "block4x1",
+    "block8x1",
+    "block16x1",
+    "n:m",
+    "kernel",
+    "filter",
+    "channel",
 ]
 Mask = NDArray[np.bool_]
 
-BLOCKS = (8, 4)  # output channels per block of "block8x1" and "block4x1", the more specific first
 GROUP_SIZES = (2, 4, 8, 16)  # the M of N:M that are looked for, the most specific first
 MAX_SUPPORTS = 16  # distinct kernel supports; PatDNN (ASPLOS'20) uses 4 to 12
 
@@ -33,10 +42,10 @@ _REUSE = 8  # kernels per support
 class Pattern:
     """The structure of a weight's zeros, and the facts behind it.
 
-    `n` and `m` belong to "n:m": n nonzeros in every m consecutive input channels, at each kernel
-    tap (for 1x1 and fully connected layers this is the flattened input axis). `block` belongs to
-    "block4x1" and "block8x1"; `supports` (distinct kernel supports) and `taps` (nonzeros in each)
-    belong to "kernel".
+    `n` and `m` belong to "n:m": n nonzeros (rarely fewer, never more) in every m consecutive
+    input channels, at each kernel tap (for 1x1 and fully connected layers this is the flattened
+    input axis). `block` belongs to "block4x1" and its like; `supports` (distinct kernel supports)
+    and `taps` (nonzeros in each) belong to "kernel".
     """
 
     kind: PatternKind
@@ -128,7 +137,7 @@ def _kernel_pattern(mask: Mask) -> dict[str, Any] | None:
 def _block_pattern(mask: Mask, groups: int) -> dict[str, Any] | None:
     """Of the blocks with a nonzero, nearly all have nothing but nonzeros."""
     density = float(mask.mean())
-    for block in BLOCKS:
+    for name, block in sorted(BLOCKS.items(), key=lambda item: -item[1]):  # most specific first
         starts = np.array(block_starts(len(mask), groups, block))
         sizes = np.diff(np.append(starts, len(mask)))
         counts = np.add.reduceat(mask, starts, axis=0, dtype=np.uint8)[sizes == block]
@@ -138,12 +147,12 @@ def _block_pattern(mask: Mask, groups: int) -> dict[str, Any] | None:
             continue
         by_chance = live * log(density**block / (1 - (1 - density) ** block))
         if by_chance < _CHANCE:
-            return {"kind": f"block{block}x1", "block": block}
+            return {"kind": name, "block": block}
     return None
 
 
 def _n_m_pattern(mask: Mask) -> dict[str, Any] | None:
-    """Nearly all groups of M input channels have exactly N nonzeros, 0 < N < M."""
+    """Nearly all groups of M input channels have exactly N nonzeros, 0 < N < M; none has more."""
     density = float(mask.mean())
     for m in GROUP_SIZES:
         whole = mask.shape[1] // m * m
@@ -152,7 +161,8 @@ def _n_m_pattern(mask: Mask) -> dict[str, Any] | None:
             continue
         histogram = np.bincount(counts.ravel())
         n = int(histogram.argmax())
-        if not 0 < n < m or histogram[n] < _NEARLY_ALL * counts.size:
+        regular = len(histogram) == n + 1 and histogram[n] >= _NEARLY_ALL * counts.size
+        if not 0 < n < m or not regular:
             continue
         binomial = comb(m, n) * density**n * (1 - density) ** (m - n)
         if counts.size * log(binomial) < _CHANCE:

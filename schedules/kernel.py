@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topiarist.schedules.layout import View
-from topiarist.schedules.workload import ConvWorkload
+from topiarist.schedules.workload import SINGLE, ConvWorkload
 from topiarist.targets.spec import TargetSpec
 
 Packed = tuple[NDArray[np.generic], ...]
@@ -58,6 +58,7 @@ class ConvKernel(ABC, Generic[C]):
     sparse: ClassVar[bool]
     weight_in_code: ClassVar[bool] = False  # then code serves one weight: `specialised` makes it
     mixes: ClassVar[bool] = False
+    dtype: ClassVar[str] = SINGLE  # that factors are rounded to; sums are fp32 in any case
     tries: ClassVar[int] = 6  # configurations of `knobs` that are worth timing
 
     @abstractmethod
@@ -77,7 +78,7 @@ class ConvKernel(ABC, Generic[C]):
         """Microseconds on one core by counting instructions and footprints; only ranks."""
 
     def added_error(self, workload: ConvWorkload, config: C) -> float:
-        """Error beyond that of summing the products in fp32, relative to the largest output."""
+        """Error beyond that of rounding factors and sums, relative to the largest output."""
         return 0.0
 
     @abstractmethod

@@ -11,7 +11,14 @@ from topiarist.schedules.cpu.depthwise import Depthwise
 from topiarist.schedules.cpu.dynamic_kernel import DynamicDirect
 from topiarist.schedules.cpu.kernels import Block8Sparse, BlockSparse, DirectDense, DirectSparse
 from topiarist.schedules.cpu.winograd import WinogradDense
-from topiarist.schedules.cuda.kernels import CudaCompiled, CudaDense, CudaSparse, CudaTiled
+from topiarist.schedules.cuda.kernels import (
+    CudaCompiled,
+    CudaDense,
+    CudaMma,
+    CudaSparse,
+    CudaSparseMma,
+    CudaTiled,
+)
 from topiarist.schedules.kernel import ConvKernel
 from topiarist.targets.spec import TargetSpec
 
@@ -29,6 +36,8 @@ CUDA_KERNELS: tuple[ConvKernel[Any], ...] = (
     CudaSparse(),
     CudaDense(),
     CudaTiled(),
+    CudaMma(),
+    CudaSparseMma(),
 )
 CONV_KERNELS = (*CPU_KERNELS, *DYNAMIC_KERNELS, *CUDA_KERNELS)
 

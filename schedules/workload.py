@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+SINGLE, HALF = "float32", "float16"  # that factors may be rounded to before they are multiplied
+# Output channels that share their zeros, by the pattern's name.
+BLOCKS = {"block4x1": 4, "block8x1": 8, "block16x1": 16}
 FULL = 0.75  # share of nonzeros from which on positions of a window count as whole
 SIGNATURE_BLOCK = 32  # input channels per block in the sparsity signature
 
@@ -51,13 +54,13 @@ class Mixture:
 
 @dataclass(frozen=True)
 class ConvWorkload:
-    """A 2-D convolution with its epilogue, fp32.
+    """A 2-D convolution with its epilogue; values in memory and sums are fp32.
 
     Shapes: x [batch, in_channels, height, width], weight [out_channels, in_channels / groups,
     *kernel], y [batch, out_channels, out_height, out_width]. `padding` is top, left, bottom,
     right. `activation` is (low, high) of the clamp after bias and residual, None for unbounded.
-    A layer with a `mixture` gets its weights at run time, for each image its own; `sparsity` is
-    that of where any expert has one.
+    `dtype` is the least precise type that factors may be rounded to. A layer with a `mixture` gets
+    its weights at run time, for each image its own; `sparsity` is that of where any expert has one.
     """
 
     batch: int
@@ -73,7 +76,7 @@ class ConvWorkload:
     sparsity: SparsitySignature
     activation: tuple[float | None, float | None] = (None, None)
     residual: bool = False
-    dtype: str = field(default="float32")
+    dtype: str = field(default=SINGLE)
     mixture: Mixture | None = None
 
     @property

@@ -10,8 +10,8 @@ class Gpu:
     """A GPU as data. Sizes are in bytes and, but for the second-level cache, per multiprocessor.
 
     `clock_ghz` is the highest that the maker names, so peaks are upper bounds. `fp32_lanes` counts
-    the fp32 multiply-adds that a multiprocessor starts in a cycle, `bandwidth_gbs` is that of the
-    device's memory.
+    the fp32 multiply-adds that a multiprocessor starts in a cycle, `half_lanes` those that its
+    tensor cores do with factors in fp16. `bandwidth_gbs` is that of the device's memory.
     """
 
     model: str
@@ -25,6 +25,12 @@ class Gpu:
     l2_bytes: int
     bandwidth_gbs: float
     registers: int = 65536
+    half_lanes: int = 0
+
+    @property
+    def multiplies_half(self) -> bool:
+        """Whether its tensor cores take 16x16 matrices of fp16, and sparse ones twice as long."""
+        return int(self.arch.removeprefix("sm_")) >= 80
 
     @property
     def peak_gflops(self) -> float:

@@ -93,6 +93,8 @@ _ROUGH: dict[str, Mapping[str, float]] = {
     "cuda_tiled": _GPU,
     "cuda_sparse": _GPU,
     "cuda_compiled": _GPU,
+    "cuda_mma": _GPU,
+    "cuda_sparse_mma": _GPU,
 }
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from topiarist.schedules.workload import BLOCKS
+
 Numbers = Mapping[str, float]
 
 NEAR_BYTES = 48 * 1024.0  # a first-level cache
@@ -17,7 +19,6 @@ FAR_BYTES = 2 * 1024 * 1024.0  # a second-level cache
 LINE = 64.0
 REGISTERS = 32.0
 
-ALIKE = {"block4x1": 4, "block8x1": 8}  # output channels that share their zeros
 _TILED = tuple(
     [f"config.{name}" for name in ("rows", "cols")]
     + [f"workload.{name}.{i}" for name in ("kernel", "strides", "dilation") for i in (0, 1)]
@@ -85,7 +86,7 @@ def _tiled(
     block = max(get("config.out_block", 1.0), 1.0)
     in_block = max(min(get("config.in_block", inputs), inputs), 1.0)
     sparse = "workload.sparsity.density" in n
-    alike = next((b for p, b in ALIKE.items() if get(f"workload.sparsity.pattern={p}")), 1)
+    alike = next((b for p, b in BLOCKS.items() if get(f"workload.sparsity.pattern={p}")), 1)
     union = 1 - (1 - density(n)) ** max(1.0, block / alike)
     tiles, rows = vectors / tile, outputs / block
     columns = tiles * rows * inputs * taps * union

@@ -21,12 +21,12 @@ from topiarist.tuning_logs.record import MeasureInput
 
 Features = Mapping[str, float]
 VERSION = 3  # of the features: raised when a name or its meaning changes
-GPU_VERSION = 4  # the same on GPUs, which have counts of their own
+GPU_VERSION = 5  # the same on GPUs, which have counts of their own
 
 _SKIP_ZEROS = frozenset(
     {
         *("direct_sparse", "block_sparse", "block8_sparse", "dynamic_conv"),
-        *("cuda_sparse", "cuda_compiled", "sparse_linear"),
+        *("cuda_sparse", "cuda_compiled", "cuda_sparse_mma", "sparse_linear"),
     }
 )
 LOG = "log_"  # begins the names of counts

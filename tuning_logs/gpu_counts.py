@@ -11,9 +11,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from topiarist.schedules.workload import BLOCKS
 from topiarist.targets.cuda import GPUS, MAX_THREAD_REGISTERS, WARP
 from topiarist.targets.gpu import Gpu
-from topiarist.tuning_logs.counts import ALIKE, density
+from topiarist.tuning_logs.counts import density
 
 Numbers = Mapping[str, float]
 
@@ -21,6 +22,9 @@ OTHER_REGISTERS = 32.0  # addresses, loop counters
 WAIT_CYCLES = 8.0  # for a load, when the compiler has some on their way at a time
 INSTRUCTION_BYTES = 16.0
 IN_CODE = "kernel=cuda_compiled"  # has its weights in the code
+# On tensor cores, with the share of products that is left; warps have tiles there, not threads.
+MATRIX_TAPS = 32
+IN_MATRICES = {"kernel=cuda_mma": 1.0, "kernel=cuda_sparse_mma": 0.5}
 _BY_ARCH = {gpu.arch: gpu for gpu in GPUS}
 
 
@@ -63,14 +67,15 @@ def gpu_counts(n: Numbers, gpu: Gpu) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Tile:
-    """What threads have: channels and pixels each, and how a block is made of them."""
+    """What threads or warps have: channels and pixels each, and how a block is made of them."""
 
     channels: float
     pixels: float
-    across: float  # threads of a block side by side on pixels
+    across: float  # threads or warps of a block side by side on pixels
     down: float  # and on channels
     split: float
     staged: float  # taps in shared memory at a time
+    products: float | None  # share of them that tensor cores multiply, None where threads do
 
     @staticmethod
     def of(n: Numbers) -> _Tile | None:
@@ -81,37 +86,57 @@ class _Tile:
         knobs["down"] = n.get("config.rows", 0.0) if tiled else 1.0
         if not all(1 <= value < 2**20 for value in knobs.values()):
             return None
-        return _Tile(**knobs, staged=n.get("config.taps" if tiled else "config.chunk", 0.0))
+        staged = n.get("config.taps" if tiled else "config.chunk", 0.0)
+        products = next((share for kernel, share in IN_MATRICES.items() if n.get(kernel)), None)
+        return _Tile(**knobs, staged=staged, products=products)
+
+    @property
+    def team(self) -> float:
+        """Threads that share their taps."""
+        return self.across * self.down * (1.0 if self.products is None else WARP)
 
     @property
     def threads(self) -> float:
         """Of a block."""
-        return self.across * self.down * self.split
+        return self.team * self.split
 
     @property
     def sums(self) -> float:
         """Accumulators of a thread."""
-        return self.channels * self.pixels
+        return self.channels * self.pixels / (1.0 if self.products is None else WARP)
 
     @property
     def registers(self) -> float:
         """Of a thread, about."""
-        wanted = self.sums + self.channels + self.pixels + OTHER_REGISTERS
+        factors = self.channels + self.pixels
+        if self.products is not None:  # in fp16, and values on their way to shared memory
+            copied = self.across * self.pixels * self.staged / self.team
+            factors = (self.channels * self.products + self.pixels) / 2 + copied
+        wanted = self.sums + factors + OTHER_REGISTERS
         return min(wanted, MAX_THREAD_REGISTERS)
 
     @property
     def shared_bytes(self) -> float:
         """Of a block: what is staged, and sums to add up."""
+        sums = (self.split - 1) * self.team * self.sums
+        if self.products is not None:  # inputs only, in fp16
+            return 2 * self.split * self.staged * self.across * self.pixels + 4 * sums
         inputs = self.across * self.pixels if self.down > 1 else 1.0
         staged = self.split * max(self.staged, 0.0) * (self.channels * self.down + inputs)
-        return 4 * (staged + (self.split - 1) * self.across * self.down * self.sums)
+        return 4 * (staged + sums)
+
+    def loads(self, columns: float) -> float:
+        """Of a thread on tensor cores, in so many taps: to copy inputs, and of whole matrices."""
+        assert self.products is not None
+        matrices = self.pixels / 8 + self.channels / 16 * 2 * self.products
+        return columns * (self.across * self.pixels / self.team + matrices / MATRIX_TAPS)
 
 
 def _shares(
     n: Numbers, gpu: Gpu, tile: _Tile, outputs: float, taps: float, pixels: float
 ) -> dict[str, float]:
     """Blocks on multiprocessors, and what the busiest of these does."""
-    alike = next((b for p, b in ALIKE.items() if n.get(f"workload.sparsity.pattern={p}")), 1)
+    alike = next((b for p, b in BLOCKS.items() if n.get(f"workload.sparsity.pattern={p}")), 1)
     union = 1 - (1 - density(n)) ** max(1.0, tile.channels / alike)
     columns = taps * union / tile.split
     in_code = bool(n.get(IN_CODE))
@@ -130,7 +155,11 @@ def _shares(
     at_once = max(1.0, math.floor(at_once))
     busiest = math.ceil(blocks / gpu.multiprocessors)
     in_turn = math.ceil(busiest / at_once)
-    instructions = sums * tile.sums + loads
+    issued = (sums * tile.sums + loads) * WARP / gpu.fp32_lanes
+    if tile.products is not None:
+        loads = tile.loads(columns)
+        products = columns * tile.channels * tile.pixels * tile.products
+        issued = max(products / gpu.half_lanes, loads * WARP / gpu.fp32_lanes)
     code = sums * tile.sums * INSTRUCTION_BYTES * outputs / tile.channels * tile.split
     ns = 1 / gpu.clock_ghz
     return {
@@ -143,7 +172,7 @@ def _shares(
         "resident_warps": min(at_once, busiest) * warps,
         "waves": in_turn,
         "code_bytes": code if in_code else 0.0,
-        "issue_ns": busiest * warps * instructions * WARP / gpu.fp32_lanes * ns,
+        "issue_ns": busiest * warps * issued * ns,
         "load_ns": busiest * warps * loads * ns,
         "wait_ns": in_turn * loads * WAIT_CYCLES * ns,
     }

@@ -12,7 +12,7 @@ from torch import Tensor
 from topiarist.pruning.level import BLOCK_ROWS
 from topiarist.pruning.patterns import block_starts
 
-Structure = Literal["block4x1", "block8x1", "filter", "position"]
+Structure = Literal["block4x1", "block8x1", "block16x1", "filter", "position"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Lasso:
 class GroupLasso:
     """Adds `strength` times each group's L2 norm, times the root of its size (Wen et al., 2016).
 
-    A group is a block of 4 or 8 output channels at one tap of one input channel, a filter, or a
+    A group is a block of 4, 8 or 16 output channels at one tap of one input channel, a filter, or a
     position of the kernel in all channels.
     """
 

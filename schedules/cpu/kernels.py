@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from topiarist.schedules.cpu import direct, space
 from topiarist.schedules.cpu.direct import DirectConfig
 from topiarist.schedules.kernel import CONSTANT_ONLY, ConvKernel, ConvSite, Packed
-from topiarist.schedules.workload import ConvWorkload
+from topiarist.schedules.workload import BLOCKS, ConvWorkload
 from topiarist.targets.spec import TargetSpec
 
 MAX_SPARSE_DENSITY = 0.75  # above it the sparse form has never won
@@ -96,7 +96,7 @@ class Block8Sparse(BlockSparse):
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
         """Serves weights whose zeros come in such blocks, where registers hold several vectors."""
         why = super().refuses(workload, target)
-        if why is None and workload.sparsity.pattern != "block8x1":
+        if why is None and BLOCKS.get(workload.sparsity.pattern, 1) < self.block:
             why = f"the zeros are {workload.sparsity.pattern}, not block8x1"
         if why is None and target.registers < 32:
             why = f"{target.registers} registers hold a single vector of 8 output channels"

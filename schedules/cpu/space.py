@@ -15,7 +15,7 @@ from topiarist.schedules.cpu.core import Core, core_of
 from topiarist.schedules.cpu.direct import MAX_OFFSET, DirectConfig
 from topiarist.schedules.kernel import ConvSite
 from topiarist.schedules.layout import Grid, LaneLayout
-from topiarist.schedules.workload import ConvWorkload
+from topiarist.schedules.workload import BLOCKS, ConvWorkload
 from topiarist.targets.spec import TargetSpec
 
 FAR_FROM_L1 = 1.75  # times its size: where half of that shows
@@ -102,7 +102,7 @@ class Estimator:
         rows = w.out_channels / config.out_block
         taps = w.in_channels // w.groups * w.kernel[0] * w.kernel[1]
         # A block of channels works on the union of their nonzeros.
-        alike = {"block4x1": 4, "block8x1": 8}.get(w.sparsity.pattern, 1)
+        alike = BLOCKS.get(w.sparsity.pattern, 1)
         union = 1 - (1 - w.sparsity.density) ** max(1, config.out_block // alike)
         nonzeros = rows * taps * union
         near = self.target.l1d_bytes * FAR_FROM_L1

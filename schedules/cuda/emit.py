@@ -49,9 +49,9 @@ def when(condition: Any) -> Iterator[None]:
         yield
 
 
-def local(count: int) -> Any:
+def local(count: int, dtype: str = "float32") -> Any:
     """Values that a thread keeps in registers; only constant indices keep them there."""
-    return T.alloc_buffer((count,), "float32", scope="local")
+    return T.alloc_buffer((count,), dtype, scope="local")
 
 
 def shared(count: int, dtype: str = "float32") -> Any:

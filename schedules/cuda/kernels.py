@@ -8,7 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topiarist.schedules.cpu.kernels import MAX_SPARSE_DENSITY
-from topiarist.schedules.cuda import compiled, compiled_space, direct, space, tiled, tiled_space
+from topiarist.schedules.cuda import (
+    compiled,
+    compiled_space,
+    direct,
+    space,
+    tensor,
+    tensor_space,
+    tiled,
+    tiled_space,
+)
+from topiarist.schedules.cuda.tensor import TensorConfig
 from topiarist.schedules.cuda.thread import CudaConfig, Loops, refuses_place
 from topiarist.schedules.cuda.tiled import TiledConfig, Tiles
 from topiarist.schedules.kernel import CONSTANT_ONLY, ConvKernel, ConvSite, Packed
@@ -163,3 +173,57 @@ class CudaCompiled(ConvKernel[CudaConfig]):
         if why is not None:
             raise ValueError(f"{config} does not fit: {why}")
         return Loops(site.workload, config, site.views, sparse=True, adjacent=True)
+
+
+class CudaMma(ConvKernel[TensorConfig]):
+    """Dense convolution on tensor cores, in fp16 with sums in fp32."""
+
+    name = "cuda_mma"
+    sparse = False
+    dtype = "float16"
+    tries = 8
+
+    def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
+        """Serves groups with enough output channels, where fp16 is asked for."""
+        why = _refuses(workload, target) or tiled.refuses(workload)
+        return why or tensor.refuses(workload, target)
+
+    def knobs(self, site: ConvSite) -> list[TensorConfig]:
+        """Tiles of a warp and of a block, taps in a step, teams."""
+        return tensor_space.configs(site, sparse=self.sparse)
+
+    def fits(self, site: ConvSite, config: TensorConfig) -> bool:
+        """Whether the configuration works between these layouts."""
+        return self._refuses_place(site, config) is None
+
+    def estimate_us(self, site: ConvSite, config: TensorConfig) -> float:
+        """Matrix instructions, copies into shared memory, barriers, bytes."""
+        return tensor_space.Estimator.of(site, sparse=self.sparse).us(config)
+
+    def pack(self, site: ConvSite, config: TensorConfig, weight: NDArray[np.float32]) -> Packed:
+        """values, if sparse their places, and offsets."""
+        return tensor.pack(self._tiles(site, config), weight, sparse=self.sparse)
+
+    def prim_func(self, site: ConvSite, config: TensorConfig, name: str) -> Any:
+        """One kernel, halo included."""
+        return tensor.make_prim_func(self._tiles(site, config), name, sparse=self.sparse)
+
+    def _tiles(self, site: ConvSite, config: TensorConfig) -> Tiles:
+        why = self._refuses_place(site, config)
+        if why is not None:
+            raise ValueError(f"{config} does not fit: {why}")
+        return Tiles(site.workload, config, site.views)
+
+    def _refuses_place(self, site: ConvSite, config: TensorConfig) -> str | None:
+        return tensor.refuses_place(site.workload, config, site.views, sparse=self.sparse)
+
+
+class CudaSparseMma(CudaMma):
+    """The same without half of the products, of weights with two zeros in every four channels."""
+
+    name = "cuda_sparse_mma"
+    sparse = True
+
+    def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
+        """Serves N:M patterns that have at most two of four."""
+        return super().refuses(workload, target) or tensor.refuses_pattern(workload)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from topiarist.schedules.cuda.thread import QUAD, CudaConfig, refuses_place
 from topiarist.schedules.kernel import ConvSite
-from topiarist.schedules.workload import ConvWorkload
+from topiarist.schedules.workload import BLOCKS, ConvWorkload
 from topiarist.targets.cuda import WARP
 from topiarist.targets.gpu import Gpu
 
@@ -59,8 +59,7 @@ class Estimator:
         if not self.sparse:
             return self._taps
         sparsity = self._workload.sparsity
-        block = int(sparsity.pattern[5:-2]) if sparsity.pattern.startswith("block") else 1
-        parts = max(1, channels // block)
+        parts = max(1, channels // BLOCKS.get(sparsity.pattern, 1))
         return float(self._taps * (1 - (1 - sparsity.density) ** parts))
 
     def us(self, config: CudaConfig) -> float:

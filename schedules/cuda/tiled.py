@@ -135,6 +135,23 @@ class Tiles:
         taps = self.group_in * math.prod(self.workload.kernel)
         return -(-taps // (self.config.taps * self.config.split))
 
+    def place(self, number: Any) -> tuple[Any, Any, Any]:
+        """Image, row and column of a pixel of the output."""
+        w = self.workload
+        plane = w.out_height * w.out_width
+        return number // plane, number % plane // w.out_width, number % w.out_width
+
+    def input_at(self, number: Any, group: Any) -> Any:
+        """Where a pixel's tap (0, 0) of a group's first channel lies; beyond the last, the last's.
+
+        `number` is evaluated once.
+        """
+        w, view = self.workload, self.views.x
+        image, row, col = self.place(T.bind(T.min(number, self.pixels - 1)))
+        channel = group * self.group_in * view.layout.channel_stride
+        at = first_tap(w, view.layout, row, col)
+        return T.bind(image * view.layout.size + view.base + channel + at)
+
 
 def pack(k: Tiles, weight: NDArray[np.float32]) -> Packed:
     """values [groups, rows, steps, teams, taps of a step, channels of a tile], offsets; zeros fill.
@@ -193,7 +210,7 @@ class _Block:
         group, within = row // k.rows, row % k.rows * c.tile_channels
         self.first = group * k.group_out + within  # output channel of the tile
         self.count = T.min(c.tile_channels, k.group_out - within)
-        self.group_x = group * k.group_in * k.views.x.layout.channel_stride
+        self.group = group
 
     def sums(self) -> Any:
         """The products of all of the team's taps."""
@@ -231,18 +248,16 @@ class _Block:
 
     def store(self, end: Epilogue, sums: Any) -> None:
         """The sums of pixels and channels that there are."""
-        k, c, w = self.k, self.k.config, self.k.workload
+        k, c = self.k, self.k.config
         row, col = self.thread // c.cols, self.thread % c.cols
-        plane = w.out_height * w.out_width
         for j in range(c.pixels):
             number = self.tile * c.tile_pixels + (j // QUAD * c.cols + col) * QUAD + j % QUAD
             with emit.when(number < k.pixels):
-                image, pixel = number // plane, number % plane
+                image, y, x = k.place(number)
                 for i in range(c.channels):
                     channel = row * c.channels + i
                     with emit.when(channel < self.count):
-                        at = pixel // w.out_width, pixel % w.out_width
-                        end.store(image, self.first + channel, at, sums[i * c.pixels + j])
+                        end.store(image, self.first + channel, (y, x), sums[i * c.pixels + j])
 
 
 class _Fetch:
@@ -297,12 +312,7 @@ class _Fetch:
         return i // self.across * self.together + first, i % self.across
 
     def _pixel(self, i: int) -> Any:
-        """Where the tap (0, 0) of a thread's pixel lies in the input; the last one's beyond."""
-        block, k, w = self.block, self.block.k, self.block.k.workload
-        c, layout = k.config, k.views.x.layout
+        """Where the tap (0, 0) of a thread's pixel lies in the input."""
+        block, c = self.block, self.block.k.config
         within = block.thread % c.tile_pixels + i * c.threads
-        number = T.bind(T.min(block.tile * c.tile_pixels + within, k.pixels - 1))
-        plane = w.out_height * w.out_width
-        image, row, col = number // plane, number % plane // w.out_width, number % w.out_width
-        at = first_tap(w, layout, row, col)
-        return T.bind(image * layout.size + k.views.x.base + block.group_x + at)
+        return block.k.input_at(block.tile * c.tile_pixels + within, block.group)

@@ -3,10 +3,13 @@
     python -m tests.benchmarks.bench_cuda [--target cuda/sm_90] [--layers L1,L3]
         [--densities 0.2,0.1,0.05] [--batches 1,8] [--log LOG] [--json FILE]
 
+Every layer comes at these densities in fp32 and, where tensor cores take it, as 2:4 in fp16.
+
 Without a GPU the table has registers and spills of the kernels that the estimate prefers: static
 figures, which say nothing about speed. With one, the compiler times the candidates of all our
 kernels (all times go into the log); the one that it chooses is checked and takes turns with TVM's
-own schedule of the dense layer (DLight) and, if PyTorch is there, with cuDNN. All are CUDA graphs
+own schedule of the dense layer (DLight, fp32) and, if PyTorch is there, with cuDNN in fp32, TF32
+and fp16, whose values in memory are fp16, too. All are CUDA graphs
 of many calls, between events; copies of inputs and weights take turns, too.
 """
 
@@ -33,19 +36,23 @@ from rich.table import Table
 from tests.benchmarks import gpu_rivals, measure
 from tests.benchmarks.layers import RESNET50, graph_of, weights
 from topiarist.compiler.choose import Candidate, Choice, Chooser, Mode, Plan
+from topiarist.compiler.gpu_candidates import candidates_apart
 from topiarist.compiler.gpu_timer import Launches
 from topiarist.compiler.graph import Graph
 from topiarist.compiler.lower import lower
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.program import Program
+from topiarist.compiler.read_graph import in_half
 from topiarist.compiler.recorded import Device, Recorded
+from topiarist.pruning.masks import n_m_mask
 from topiarist.schedules.kernels import CUDA_KERNELS
 from topiarist.targets import nvrtc, registry
 from topiarist.targets.detect import runs_here
+from topiarist.targets.precision import Precision
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.sources import open_logs
 
-TOLERANCE = 1e-4
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-3}
 CALLS = 20  # of a graph: launching it then costs nothing beside them
 ROUNDS = 30
 DENSE = tuple(kernel.name for kernel in CUDA_KERNELS if not kernel.sparse)
@@ -62,14 +69,23 @@ class Case:
     layer: str
     density: float
     batch: int
+    precision: Precision = "fp32"
 
     @property
     def weight(self) -> NDArray[np.float32]:
-        """Pruned by magnitude, anywhere."""
-        return weights(RESNET50[self.layer], "unstructured", self.density)
+        """Pruned by magnitude, anywhere; to 2:4 in fp16."""
+        if self.precision == "fp32":
+            return weights(RESNET50[self.layer], "unstructured", self.density)
+        dense = weights(RESNET50[self.layer], "unstructured", 1)
+        return np.where(n_m_mask(np.abs(dense), 2, 4), dense, np.float32(0))
+
+    @property
+    def kind(self) -> str:
+        """What it is averaged with."""
+        return f"{self.density:.0%}" if self.precision == "fp32" else "2:4 in fp16"
 
     def __str__(self) -> str:
-        return f"{self.layer} at {self.density:.0%}, batch {self.batch}"
+        return f"{self.layer} at {self.kind}, batch {self.batch}"
 
 
 @dataclass(frozen=True)
@@ -96,13 +112,18 @@ class Measured:
     dlight_us: float
     cudnn_us: float | None
     cudnn_tf32_us: float | None
+    cudnn_fp16_us: float | None
     kernels: dict[str, float]
     floors: dict[str, float]
 
     @property
     def speedup(self) -> float:
-        """Over the best dense rival in fp32."""
-        return min(self.dlight_us, self.cudnn_us or self.dlight_us) / self.us
+        """Over the best dense rival in the same precision: in fp16 ours is one of them."""
+        rivals = [self.dlight_us, self.cudnn_us]
+        if self.case.precision == "fp16":
+            rivals += [self.cudnn_tf32_us, self.cudnn_fp16_us]
+            rivals += [us for kernel, us in self.kernels.items() if kernel in DENSE]
+        return min(us for us in rivals if us is not None) / self.us
 
 
 def floors(case: Case, target: TargetSpec) -> dict[str, float]:
@@ -111,10 +132,12 @@ def floors(case: Case, target: TargetSpec) -> dict[str, float]:
     assert gpu is not None
     nonzeros = int(np.count_nonzero(case.weight))
     pixels = case.batch * size.size**2
-    values = pixels * (size.channels + size.filters) + nonzeros
+    half = case.precision == "fp16"
+    lanes = gpu.half_lanes if half else gpu.fp32_lanes
+    moved = 4 * pixels * (size.channels + size.filters) + (2 if half else 4) * nonzeros
     return {
-        "multiply-adds": 2 * nonzeros * pixels / gpu.peak_gflops / 1e3,
-        "memory": 4 * values / gpu.bandwidth_gbs / 1e3,
+        "multiply-adds": nonzeros * pixels / (gpu.multiprocessors * lanes * gpu.clock_ghz) / 1e3,
+        "memory": moved / gpu.bandwidth_gbs / 1e3,
     }
 
 
@@ -146,11 +169,19 @@ class Chosen:
 def choose(case: Case, target: TargetSpec, mode: Mode, recorded: Recorded | None = None) -> Chosen:
     """Let the compiler choose."""
     graph = graph_of(RESNET50[case.layer], case.weight, case.batch)
+    if case.precision == "fp16":
+        graph = in_half(graph)
     parts = Parts(target, 1)
-    chooser = Chooser(
-        graph, parts, dense=False, mode=mode, recorded=recorded, progress=lambda *_: None
-    )
-    plan = chooser.plans()[0]
+    with candidates_apart(mode == "measure", recorded) as convs:
+        chooser = Chooser(
+            *(graph, parts),
+            dense=False,
+            mode=mode,
+            recorded=recorded,
+            convs=convs,
+            progress=lambda *_: None,
+        )
+        plan = chooser.plans()[0]
     return Chosen(graph, plan, lower(graph, plan, parts), parts)
 
 
@@ -183,16 +214,16 @@ def measured(case: Case, target: TargetSpec, recorded: Recorded) -> Measured:
     timer = Launches(chosen.parts.device)
     ours, rival = _ours(chosen, x), _dlight(case, chosen.parts, x)
     error = float(np.abs(ours.output() - rival.output()).max() / np.abs(rival.output()).max())
-    if error > TOLERANCE:
+    if error > TOLERANCES[case.precision]:
         raise SystemExit(f"{case}: {chosen.candidate} is wrong, relative error {error:.2g}")
     with contextlib.ExitStack() as stack:
         graphs = [stack.enter_context(run.captured(timer)) for run in (ours, rival)]
         if gpu_rivals.has_cudnn():
-            launches = [gpu_rivals.cudnn_conv(x, case.weight, tf32=tf32) for tf32 in (False, True)]
+            launches = [gpu_rivals.cudnn_conv(x, case.weight, p) for p in gpu_rivals.PRECISIONS]
             graphs += [gpu_rivals.captured(launch, CALLS) for launch in launches]
         rounds = [[seconds() for seconds in graphs] for _ in range(ROUNDS)]
     us = [1e6 * float(median) for median in np.median(rounds, axis=0)]
-    cudnn = us[2:] or [None, None]
+    cudnn = us[2:] or [None, None, None]
     kernels = chosen.kernels_us
     return Measured(
         *(case, str(chosen.candidate), error, *us[:2], *cudnn, kernels, floors(case, target))
@@ -266,6 +297,9 @@ def main(arguments: list[str] | None = None) -> None:
     opts, console = _options(arguments), Console(width=140)
     target = registry.get(opts.target)
     cases = [Case(*v) for v in itertools.product(opts.layers, opts.densities, opts.batches)]
+    if target.gpu is not None and target.gpu.multiplies_half:
+        halves = itertools.product(opts.layers, opts.batches)
+        cases += [Case(layer, 0.5, batch, "fp16") for layer, batch in halves]
     missing = runs_here(target) or nvrtc.missing()
     result: dict[str, Any] = {"question": __doc__, **measure.setting(), "target": target.name}
     if missing:
@@ -290,16 +324,17 @@ def main(arguments: list[str] | None = None) -> None:
 def _table(times: list[Measured]) -> Table:
     """A row a case, and the geometric means of each density."""
     head = ("case", "kernel", "us", "floor us", "our dense us", "DLight us", "cuDNN us", "TF32 us")
-    table = Table(*head, "over the best dense in fp32")
+    head = (*head, "fp16 us")
+    table = Table(*head, "over the best dense of that precision")
     for m in times:
         dense = min((m.kernels[k] for k in DENSE if k in m.kernels), default=None)
         floor = max(m.floors.values())
-        us = (m.us, floor, dense, m.dlight_us, m.cudnn_us, m.cudnn_tf32_us)
+        us = (m.us, floor, dense, m.dlight_us, m.cudnn_us, m.cudnn_tf32_us, m.cudnn_fp16_us)
         texts = ("" if value is None else f"{value:.1f}" for value in us)
         table.add_row(str(m.case), m.kernel, *texts, f"{m.speedup:.2f}x")
-    for density in sorted({m.case.density for m in times}, reverse=True):
-        mean = geomean([m.speedup for m in times if m.case.density == density])
-        table.add_row(f"all at {density:.0%}", *[""] * (len(head) - 1), f"{mean:.2f}x")
+    for kind in dict.fromkeys(m.case.kind for m in times):
+        mean = geomean([m.speedup for m in times if m.case.kind == kind])
+        table.add_row(f"all at {kind}", *[""] * (len(head) - 1), f"{mean:.2f}x")
     return table
 
 

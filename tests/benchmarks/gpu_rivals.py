@@ -20,6 +20,7 @@ from tests.benchmarks.layers import Shape
 from topiarist.targets.spec import TargetSpec
 
 COPIES = 8  # of inputs and weights, which take turns
+PRECISIONS = ("fp32", "tf32", "fp16")  # of cuDNN
 Launch = Callable[[], Any]
 
 
@@ -54,12 +55,19 @@ def has_cudnn() -> bool:
     return bool(torch.cuda.is_available() and torch.backends.cudnn.is_available())
 
 
-def cudnn_conv(x: NDArray[np.float32], weight: NDArray[np.float32], *, tf32: bool) -> Launch:
-    """The same layer on cuDNN, which picks its algorithm by timing; returns its output."""
+def cudnn_conv(x: NDArray[np.float32], weight: NDArray[np.float32], precision: str) -> Launch:
+    """The same layer on cuDNN, which picks its algorithm by timing; returns its output.
+
+    In fp16 inputs, weights and outputs are so in memory, too.
+    """
     import torch
 
     torch.backends.cudnn.benchmark = True
-    copies = [(torch.from_numpy(x).cuda(), torch.from_numpy(weight).cuda()) for _ in range(COPIES)]
+    dtype, tf32 = torch.half if precision == "fp16" else torch.float, precision == "tf32"
+    copies = [
+        tuple(torch.from_numpy(array).cuda().to(dtype) for array in (x, weight))
+        for _ in range(COPIES)
+    ]
     turns, padding = itertools.cycle(copies), weight.shape[-1] // 2
 
     def launch() -> Any:

@@ -145,3 +145,90 @@ static inline float __shfl_down_sync(unsigned mask, float value, int delta, int 
   int lane = fibers::current % 32;
   return __shfl_sync(mask, value, lane + delta < 32 ? lane + delta : lane, width);
 }
+
+// What a warp's threads multiply together, as the PTX ISA says who has what.
+namespace tensor {
+struct Words {
+  unsigned at[4];
+};
+struct Sums {
+  float at[4];
+};
+struct Lane {
+  Words a, b;
+  unsigned places;
+};
+static Lane lanes[fibers::kMost];
+
+// To the nearest, ties to even; what is too large becomes the largest.
+static unsigned as_half(float value) {
+  if (value != value) return 0x7fff;
+  unsigned sign = signbit(value) ? 0x8000 : 0;
+  value = fabsf(value);
+  if (value >= 65504) return sign | 0x7bff;
+  int exponent;
+  frexpf(value, &exponent);
+  if (value == 0 || exponent < -13) return sign | static_cast<unsigned>(rintf(ldexpf(value, 24)));
+  float fraction = rintf(ldexpf(value, 11 - exponent));  // 1024 to 2048
+  return sign + (exponent + 13) * 1024 + static_cast<unsigned>(fraction);
+}
+static float half(unsigned word, int which) {
+  unsigned bits = word >> 16 * which & 0xffff;
+  int exponent = bits >> 10 & 31;
+  float fraction = (bits & 1023) + (exponent ? 1024 : 0);
+  if (exponent == 31) fraction = bits & 1023 ? NAN : INFINITY;
+  return ldexpf(bits & 0x8000 ? -fraction : fraction, (exponent ? exponent : 1) - 25);
+}
+
+// Row (tap) k and column (pixel) n of B.
+static float b_at(const Lane* warp, int k, int n) {
+  return half(warp[4 * n + k % 8 / 2].b.at[k / 8], k % 2);
+}
+static float dense_at(const Lane* warp, int row, int n) {
+  double sum = 0;
+  for (int k = 0; k < 16; k++) {
+    unsigned word = warp[row % 8 * 4 + k % 8 / 2].a.at[row / 8 + k / 8 * 2];
+    sum += static_cast<double>(half(word, k % 2)) * b_at(warp, k, n);
+  }
+  return sum;
+}
+static float sparse_at(const Lane* warp, int row, int n, int selector) {
+  double sum = 0;
+  for (int chunk = 0; chunk < 8; chunk++) {
+    const Lane* group = warp + row % 8 * 4;
+    unsigned word = group[chunk % 4].a.at[row / 8 + chunk / 4 * 2];
+    unsigned places = group[2 * selector + chunk / 4].places >> (row / 8 * 16 + chunk % 4 * 4);
+    if ((places & 3) >= (places >> 2 & 3)) {
+      fprintf(stderr, "places %u and %u do not rise\n", places & 3, places >> 2 & 3);
+      abort();
+    }
+    for (int i = 0; i < 2; i++)
+      sum += static_cast<double>(half(word, i)) * b_at(warp, chunk * 4 + (places >> 2 * i & 3), n);
+  }
+  return sum;
+}
+
+// The threads of a warp get here in the same turn.
+template <class At>
+static void together(float** d, const Lane& mine, const Sums& c, At at) {
+  int me = fibers::current;
+  lanes[me] = mine;
+  fibers::yield(fibers::kReady);
+  Sums sums;
+  for (int i = 0; i < 4; i++)
+    sums.at[i] = c.at[i] + at(lanes + me / 32 * 32, me % 32 / 4 + i / 2 * 8, me % 4 * 2 + i % 2);
+  fibers::yield(fibers::kReady);
+  for (int i = 0; i < 4; i++) *d[i] = sums.at[i];
+}
+static void dense(float& d0, float& d1, float& d2, float& d3, Words a, Words b, Sums c) {
+  float* d[] = {&d0, &d1, &d2, &d3};
+  together(d, {a, b, 0}, c, dense_at);
+}
+static void sparse(float& d0, float& d1, float& d2, float& d3, Words a, Words b, Sums c,
+                   unsigned places, int selector) {
+  float* d[] = {&d0, &d1, &d2, &d3};
+  together(d, {a, b, places}, c, [selector](const Lane* warp, int row, int n) {
+    return sparse_at(warp, row, n, selector);
+  });
+}
+}  // namespace tensor

@@ -63,10 +63,12 @@ def load(folder: Path) -> None:
 
 
 def _serve(folder: Path, connection: Connection, threads: int, parent: int) -> None:
-    """`worker.serve` in a process that has the GPU."""
+    """`worker.serve` in a process that has the GPU; its times mean nothing, so they are few."""
+    from topiarist.compiler import layer_bench
     from topiarist.compiler.worker import serve
 
     load(folder)
+    layer_bench.ROUNDS = layer_bench.FEW_ROUNDS = 1
     serve(connection, threads, parent)
 
 
@@ -106,8 +108,10 @@ def limited_workers(folder: Path, **values: int) -> Iterator[None]:
     """As `limit`, of the processes that measure kernels and are started meanwhile."""
     file = folder / "limits.json"
     file.write_text(json.dumps(values))
-    yield
-    file.unlink()
+    try:
+        yield
+    finally:
+        file.unlink()
 
 
 def compile_for_processor(source: str, folder: Path) -> bytes:

@@ -15,6 +15,15 @@ _INSTRUCTIONS = {
     "cvta.to.global.u64": "{0} = (const char*)({1});",
     "ld.global.nc.f32": "{0} = *(const float*)({1});",
     "fma.rn.f32": "{0} = __builtin_fmaf({1}, {2}, {3});",
+    "cvt.rn.satfinite.f16x2.f32": "{0} = tensor::as_half({1}) << 16 | tensor::as_half({2});",
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": (
+        "tensor::dense({0}, {1}, {2}, {3}, {{{4}, {5}, {6}, {7}}}, {{{8}, {9}}}, "
+        "{{{10}, {11}, {12}, {13}}});"
+    ),
+    "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32": (
+        "tensor::sparse({0}, {1}, {2}, {3}, {{{4}, {5}, {6}, {7}}}, {{{8}, {9}, {10}, {11}}}, "
+        "{{{12}, {13}, {14}, {15}}}, {16}, {17});"
+    ),
 }
 
 
@@ -31,7 +40,9 @@ def _statement(asm: re.Match[str]) -> str:
 
 def _lines(text: str, operands: list[str]) -> Iterator[str]:
     """An instruction a line."""
-    text = text.strip().removeprefix("{").removesuffix("}")
+    text = text.strip()
+    if text.startswith("{") and text.endswith("}"):  # a block
+        text = text[1:-1]
     for instruction in filter(None, (part.strip() for part in text.split(";"))):
         name, *rest = instruction.split(None, 1)
         if name == ".reg":
@@ -39,7 +50,8 @@ def _lines(text: str, operands: list[str]) -> Iterator[str]:
             continue
         if name not in _INSTRUCTIONS:
             raise ValueError(f"PTX that the emulation doesn't know: {instruction}")
-        values = [_value(value.strip(), operands) for value in rest[0].split(",")]
+        flat = rest[0].translate({ord(brace): None for brace in "{}"})  # vectors of registers
+        values = [_value(value.strip(), operands) for value in flat.split(",")]
         yield _INSTRUCTIONS[name].format(*values)
 
 

@@ -59,10 +59,12 @@ def run_bench(folder: Path) -> str:
 
 def test_the_command(gpu: ProcessPoolExecutor, tmp_path: Path) -> None:
     """It checks its results itself; all candidates are in the log."""
-    (found,) = json.loads(gpu.submit(run_bench, tmp_path).result())["measured"]
-    assert found["error"] < 1e-6 and found["us"] > 0 and found["dlight_us"] > 0
+    single, half = json.loads(gpu.submit(run_bench, tmp_path).result())["measured"]
+    for found, limit in ((single, 1e-6), (half, 2e-3)):
+        assert found["error"] < limit and found["us"] > 0 and found["dlight_us"] > 0
     kernels = {kernel.name for kernel in CUDA_KERNELS}
-    assert {*found["kernels"]} == kernels
+    tensor = {kernel.name for kernel in CUDA_KERNELS if kernel.dtype == "float16"}
+    assert {*single["kernels"]} == kernels - tensor and {*half["kernels"]} == kernels
     lines = (tmp_path / "l.jsonl").read_text().splitlines()
     assert {json.loads(line)["kernel"] for line in lines} == kernels
 
@@ -98,5 +100,10 @@ def test_floors() -> None:
 
 def test_speedups_are_averaged_as_ratios() -> None:
     assert bench_cuda.geomean([0.5, 2.0]) == pytest.approx(1.0)
-    assert bench_cuda.Measured(CASE, "k", 0.0, 2.0, 9.0, 7.0, 3.0, {}, {}).speedup == 3.5
-    assert bench_cuda.Measured(CASE, "k", 0.0, 2.0, 9.0, None, None, {}, {}).speedup == 4.5
+    assert bench_cuda.Measured(CASE, "k", 0.0, 2.0, 9.0, 7.0, 3.0, 1.0, {}, {}).speedup == 3.5
+    alone = bench_cuda.Measured(CASE, "k", 0.0, 2.0, 9.0, None, None, None, {}, {})
+    assert alone.speedup == 4.5
+    ours = {"cuda_mma": 3.0, "cuda_sparse_mma": 2.0}
+    half = replace(alone, case=replace(CASE, precision="fp16"), kernels=ours)
+    assert half.speedup == 1.5
+    assert replace(half, cudnn_fp16_us=1.0).speedup == 0.5

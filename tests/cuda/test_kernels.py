@@ -142,6 +142,14 @@ class TestKernels:
         assert {config for _, _, config in jobs.values()} == set(forms)
         check(gpu, jobs)
 
+    def test_batches(self, gpu: ProcessPoolExecutor, kernel: ConvKernel[Any]) -> None:
+        """Pixels of many images in a block, halo of all of them."""
+        jobs: dict[str, Job] = {}
+        for batch in (4, 16, 64):
+            problem = problem_of(ConvCase(6, 16, (3, 4), batch=batch, residual="operand"))
+            jobs[f"batch_{batch}"] = kernel, problem, kernel.knobs(site_of(problem))[0]
+        check(gpu, jobs)
+
     def test_patterns_of_zeros(self, gpu: ProcessPoolExecutor, kernel: ConvKernel[Any]) -> None:
         """N:M, kernel patterns and blocks."""
         jobs: dict[str, Job] = {}
@@ -207,11 +215,11 @@ def test_blocks_share_loads() -> None:
     case = ConvCase(channels=256, outputs=256, plane=(28, 28), batch=8, density=0.05)
     problem = problem_of(case)
     best = {}
-    for pattern in ("unstructured", "block8x1"):
+    for pattern in ("unstructured", "block8x1", "block16x1"):
         sparsity = replace(problem.workload.sparsity, pattern=pattern)
         workload = replace(problem.workload, sparsity=sparsity)
         best[pattern] = CudaSparse().knobs(ConvSite(workload, problem.views, TARGET))[0].channels
-    assert best["unstructured"] < best["block8x1"]
+    assert best["unstructured"] < best["block8x1"] <= best["block16x1"]
 
 
 def test_small_groups_fill_no_tile() -> None:

@@ -90,7 +90,7 @@ def test_everything_else_is_untouched():
     assert pruned == model
 
 
-@pytest.mark.parametrize("pattern", ["block4x1", "block8x1", "2:4"])
+@pytest.mark.parametrize("pattern", ["block4x1", "block8x1", "block16x1", "2:4"])
 def test_patterns(pattern):
     pruned, report = prune_model(_network(), density=0.5, pattern=pattern)
     found = find_pattern(_weights(pruned)["/conv2/Conv"])

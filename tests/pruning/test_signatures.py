@@ -21,7 +21,7 @@ def test_as_if_it_had_been_pruned(density: float) -> None:
     assert signature_at(WEIGHT, Level("unstructured", density)) == expected
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "block4x1", "block8x1"])
+@pytest.mark.parametrize("pattern", ["unstructured", "block4x1", "block8x1", "block16x1"])
 def test_the_pattern_is_kept(pattern: str) -> None:
     """But nearly dense is dense."""
     some, few = signatures_at(WEIGHT, [Level(pattern, 0.25), Level(pattern, 0.05)])

@@ -175,6 +175,7 @@ PATTERNS: dict[str, Callable[[FloatArray], Mask]] = {
     "kernel": one_of_three_supports,
     "block4x1": lambda scores: block_mask(scores, 0.3),
     "block8x1": lambda scores: block_mask(scores, 0.3, block=8),
+    "block16x1": lambda scores: block_mask(scores, 0.3, block=16),
 }
 
 

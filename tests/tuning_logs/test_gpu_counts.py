@@ -152,3 +152,18 @@ def test_a_model_is_for_one_architecture() -> None:
     other = replace(what(), target=replace(what().target, isa="sm_80"))
     with pytest.raises(CostModelError, match="sm_80"):
         model.predict_us([other], "alone")
+
+
+def test_tiles_of_tensor_cores() -> None:
+    """Warps have 64 channels of 32 pixels; the sparse form does half of the products."""
+    config = {"channels": 64, "pixels": 32, "rows": 2, "cols": 2, "taps": 32, "split": 1}
+    dense = counted(kernel="cuda_mma", config=config, size=56, channels=128)
+    sparse = counted(kernel="cuda_sparse_mma", config=config, size=56, channels=128, density=0.5)
+    assert (dense["blocks"], dense["block_warps"]) == (56 * 56 / 64, 4)
+    assert dense["shared_bytes"] == 2 * 32 * 64
+    assert dense["registers"] == 64 + 32 + 16 + 16 + 32  # sums, weights, inputs, copies, the rest
+    assert sparse["registers"] == dense["registers"] - 16
+    assert dense["columns"] == 128 * 9
+    products = 4 * 128 * 9 * 64 * 32 / GPU.half_lanes / GPU.clock_ghz
+    assert dense["issue_ns"] == pytest.approx(products)
+    assert products / 2 <= sparse["issue_ns"] < dense["issue_ns"]
