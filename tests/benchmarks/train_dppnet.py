@@ -15,7 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -135,14 +135,16 @@ def accuracy(network: nn.Module) -> float:
 
 
 def settings(epochs: tuple[int, int, int], penalty: float, kept: float) -> TrainSettings:
-    """At rates that a trained network bears. Thresholds reach the weights fast, then go slowly."""
-    prune = replace(Stage("prune", "learned", epochs[1], 0.02, 0.01), threshold_penalty=penalty)
+    """At rates that a trained network bears; pruning is gentle first."""
+    prune = [
+        Stage("prune", "learned", epochs[1], 0.02, 0.01, "cosine", rate * penalty, until_kept=until)
+        for rate, until in ((1, 0.75), (2, 0.53), (4, kept))
+    ]
     return TrainSettings(
         (
             Stage("experts", "none", epochs[0], 0.02, 0.02),
             Stage("approach", "learned", 12, 0.02, 0.02, "cosine", 1e-3, until_kept=0.95),
-            replace(prune, until_kept=0.75),
-            replace(prune, name="prune on", threshold_penalty=2 * penalty, until_kept=kept),
+            *prune,
             Stage("fine-tune", "frozen", epochs[2], 0.02, 1e-5),
         )
     )
@@ -154,7 +156,7 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--epochs", type=int, nargs=3, default=(1, 40, 30), help="of experts, pruning, tuning"
+        "--epochs", type=int, nargs=3, default=(1, 40, 28), help="of experts, pruning, tuning"
     )
     parser.add_argument("--penalty", type=float, default=2e-4, help="of thresholds")
     parser.add_argument("--kept", type=float, default=0.4, help="share of the positions")
