@@ -31,7 +31,7 @@ from topiarist.targets import registry
 
 MODEL = SHARED / "cifar10_resnet20.onnx"
 MEAN, DEVIATION = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))
-RATES = (2.0, 2.5)  # of surgery: standard deviations above the mean magnitude
+RATES = (1.0, 1.5, 2.0, 2.5)  # of surgery: standard deviations above the mean magnitude
 WAYS = ("guided", "unguided")
 STEPS, ROUNDS, TUNE_ROUNDS = 30, 5, 5
 LEARNING_RATE = 0.006
