@@ -24,8 +24,8 @@ class Gpu:
     l1_bytes: int  # shared memory is a part of it
     l2_bytes: int
     bandwidth_gbs: float
-    registers: int = 65536
     half_lanes: int = 0
+    registers: int = 65536
 
     @property
     def multiplies_half(self) -> bool:

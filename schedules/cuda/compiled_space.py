@@ -12,13 +12,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from topiarist.schedules.cuda import space
 from topiarist.schedules.cuda.compiled import AHEAD, MOST_CODE, code_of, refuses_config
-from topiarist.schedules.cuda.space import LAUNCH_US, MOST_SUMS, SCHEDULERS, SPLITS, THREADS
+from topiarist.schedules.cuda.space import MOST_SUMS, SCHEDULERS, SPLITS, THREADS, LayerTime
 from topiarist.schedules.cuda.thread import CudaConfig
 from topiarist.schedules.kernel import ConvSite
 from topiarist.targets.cuda import WARP
-from topiarist.targets.gpu import Gpu
 
 PIXELS = (1, 2, 4, 7)
 BLOCKS_OF_CHANNELS = 6  # sizes to try, the largest that divide
@@ -30,23 +28,12 @@ MISALIGNED = 1.5  # lines of 128 bytes that a warp's row of pixels touches, wher
 
 
 @dataclass(frozen=True)
-class Estimator:
+class Estimator(LayerTime):
     """Microseconds of a layer by counting."""
-
-    site: ConvSite
-    gpu: Gpu
-
-    @staticmethod
-    def of(site: ConvSite) -> Estimator:
-        """The estimator of a layer in its place, on a target with a GPU."""
-        assert site.target.gpu is not None
-        return Estimator(site, site.target.gpu)
 
     def us(self, config: CudaConfig) -> float:
         """The larger of what the multiprocessors and the memory need, and the launch."""
-        cycles = self._cycles(config)
-        memory = space.memory_us(self.site, self.gpu, weight_bytes=0)
-        return LAUNCH_US + max(cycles / self.gpu.clock_ghz / 1e3, memory)
+        return self.larger_us(self._cycles(config), weight_bytes=0)
 
     def loads(self, config: CudaConfig) -> float:
         """Input values that a thread of all columns loads, for all blocks of channels together."""
@@ -78,7 +65,7 @@ class Estimator:
 
 def configs(site: ConvSite) -> list[CudaConfig]:
     """Configurations that fit the layer's place, best estimate first."""
-    estimate = Estimator.of(site)
+    estimate = Estimator(site)
     found = [c for c in _all(site) if refuses_config(site.workload, c, site.views) is None]
     return sorted(found, key=estimate.us)
 

@@ -22,7 +22,7 @@ from topiarist.schedules.cuda.tensor import TensorConfig
 from topiarist.schedules.cuda.thread import CudaConfig, Loops, refuses_place
 from topiarist.schedules.cuda.tiled import TiledConfig, Tiles
 from topiarist.schedules.kernel import CONSTANT_ONLY, ConvKernel, ConvSite, Packed
-from topiarist.schedules.workload import ConvWorkload
+from topiarist.schedules.workload import HALF, ConvWorkload
 from topiarist.targets.spec import TargetSpec
 
 
@@ -62,7 +62,7 @@ class CudaDense(ConvKernel[CudaConfig]):
 
     def estimate_us(self, site: ConvSite, config: CudaConfig) -> float:
         """Instructions, loads and bytes."""
-        return space.Estimator.of(site, sparse=self.sparse).us(config)
+        return space.Estimator(site, self.sparse).us(config)
 
     def pack(self, site: ConvSite, config: CudaConfig, weight: NDArray[np.float32]) -> Packed:
         """values, offsets and, if sparse, starts."""
@@ -100,7 +100,7 @@ class CudaTiled(ConvKernel[TiledConfig]):
 
     def estimate_us(self, site: ConvSite, config: TiledConfig) -> float:
         """Instructions, loads from shared memory, barriers, bytes."""
-        return tiled_space.Estimator.of(site).us(config)
+        return tiled_space.Estimator(site).us(config)
 
     def pack(self, site: ConvSite, config: TiledConfig, weight: NDArray[np.float32]) -> Packed:
         """values and offsets."""
@@ -151,7 +151,7 @@ class CudaCompiled(ConvKernel[CudaConfig]):
 
     def estimate_us(self, site: ConvSite, config: CudaConfig) -> float:
         """Instructions and their way to the multiprocessors, loads, bytes."""
-        return compiled_space.Estimator.of(site).us(config)
+        return compiled_space.Estimator(site).us(config)
 
     def pack(self, site: ConvSite, config: CudaConfig, weight: NDArray[np.float32]) -> Packed:
         """Nothing: all is in the code."""
@@ -180,7 +180,7 @@ class CudaMma(ConvKernel[TensorConfig]):
 
     name = "cuda_mma"
     sparse = False
-    dtype = "float16"
+    dtype = HALF
     tries = 8
 
     def refuses(self, workload: ConvWorkload, target: TargetSpec) -> str | None:
@@ -198,7 +198,7 @@ class CudaMma(ConvKernel[TensorConfig]):
 
     def estimate_us(self, site: ConvSite, config: TensorConfig) -> float:
         """Matrix instructions, copies into shared memory, barriers, bytes."""
-        return tensor_space.Estimator.of(site, sparse=self.sparse).us(config)
+        return tensor_space.Estimator(site, self.sparse).us(config)
 
     def pack(self, site: ConvSite, config: TensorConfig, weight: NDArray[np.float32]) -> Packed:
         """values, if sparse their places, and offsets."""

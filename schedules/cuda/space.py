@@ -32,18 +32,33 @@ BARRIER_CYCLES = 30
 
 
 @dataclass(frozen=True)
-class Estimator:
-    """Microseconds of a layer by counting."""
+class LayerTime:
+    """What makes a time of counts: a layer in its place, on a target with a GPU."""
 
     site: ConvSite
-    gpu: Gpu
-    sparse: bool
 
-    @staticmethod
-    def of(site: ConvSite, *, sparse: bool) -> Estimator:
-        """The estimator of a layer in its place, on a target with a GPU."""
-        assert site.target.gpu is not None
-        return Estimator(site, site.target.gpu, sparse)
+    @property
+    def gpu(self) -> Gpu:
+        """The target's."""
+        assert self.site.target.gpu is not None
+        return self.site.target.gpu
+
+    def larger_us(self, cycles: float, weight_bytes: float) -> float:
+        """What the busiest multiprocessor or the memory needs, and the launch.
+
+        Values and weights move once, at the memory's bandwidth.
+        """
+        views = self.site.views
+        values = self.site.workload.batch * (views.x.layout.size + views.y.layout.size)
+        memory = (4 * values + weight_bytes) / self.gpu.bandwidth_gbs
+        return LAUNCH_US + max(cycles / self.gpu.clock_ghz, memory) / 1e3
+
+
+@dataclass(frozen=True)
+class Estimator(LayerTime):
+    """Microseconds of a layer by counting."""
+
+    sparse: bool
 
     @property
     def _workload(self) -> ConvWorkload:
@@ -64,8 +79,8 @@ class Estimator:
 
     def us(self, config: CudaConfig) -> float:
         """The larger of what the multiprocessors and the memory need, and the launch."""
-        seconds = max(self._cycles(config) / self.gpu.clock_ghz / 1e3, self._memory_us(config))
-        return LAUNCH_US + seconds
+        weights = self.columns(config.channels) * (1 + 1 / config.channels)
+        return self.larger_us(self._cycles(config), 4 * weights * self._workload.out_channels)
 
     def _cycles(self, config: CudaConfig) -> float:
         """Of the busiest multiprocessor."""
@@ -94,21 +109,10 @@ class Estimator:
         staging = (1 + c.channels) / c.chunk if c.chunk else 0.0
         return inputs + weights + 1 + staging, c.pixels + weights + 1
 
-    def _memory_us(self, config: CudaConfig) -> float:
-        weights = self.columns(config.channels) * (1 + 1 / config.channels)
-        return memory_us(self.site, self.gpu, 4 * weights * self._workload.out_channels)
-
-
-def memory_us(site: ConvSite, gpu: Gpu, weight_bytes: float) -> float:
-    """What moving the layer's values and weights once takes at the memory's bandwidth."""
-    views = site.views
-    values = site.workload.batch * (views.x.layout.size + views.y.layout.size)
-    return (4 * values + weight_bytes) / gpu.bandwidth_gbs / 1e3
-
 
 def configs(site: ConvSite, *, sparse: bool) -> list[CudaConfig]:
     """Configurations that fit the layer's place, best estimate first."""
-    estimate = Estimator.of(site, sparse=sparse)
+    estimate = Estimator(site, sparse)
     found = [c for c in _all() if refuses_place(site.workload, c, site.views) is None]
     return sorted(found, key=estimate.us)
 

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from topiarist.schedules.cuda.fragments import CHANNELS, PIXELS, TAPS, words_of
-from topiarist.schedules.cuda.space import BARRIER_CYCLES, LAUNCH_US, SCHEDULERS, memory_us
+from topiarist.schedules.cuda.space import BARRIER_CYCLES, SCHEDULERS, LayerTime
 from topiarist.schedules.cuda.tensor import TensorConfig, refuses_place
 from topiarist.schedules.cuda.thread import QUAD
 from topiarist.schedules.cuda.tiled import Tiles
 from topiarist.schedules.kernel import ConvSite
 from topiarist.targets.cuda import WARP
-from topiarist.targets.gpu import Gpu
 
 SIZES = ((32, 8), (32, 16), (32, 32), (64, 16), (64, 32), (32, 64), (64, 64))  # of a warp
 ROWS = (1, 2, 4)
@@ -28,25 +27,16 @@ COPY_INSTRUCTIONS = 1.6  # of a value: its load, half a conversion, parts of off
 
 
 @dataclass(frozen=True)
-class Estimator:
+class Estimator(LayerTime):
     """Microseconds of a layer by counting."""
 
-    site: ConvSite
-    gpu: Gpu
     sparse: bool
-
-    @staticmethod
-    def of(site: ConvSite, *, sparse: bool) -> Estimator:
-        """The estimator of a layer in its place, on a target with a GPU."""
-        assert site.target.gpu is not None
-        return Estimator(site, site.target.gpu, sparse)
 
     def us(self, config: TensorConfig) -> float:
         """The larger of what the multiprocessors and the memory need, and the launch."""
         w = self.site.workload
         taps = w.in_channels // w.groups * math.prod(w.kernel)
-        memory = memory_us(self.site, self.gpu, self._weight_bytes(w.out_channels * taps))
-        return LAUNCH_US + max(self._cycles(config) / self.gpu.clock_ghz / 1e3, memory)
+        return self.larger_us(self._cycles(config), self._weight_bytes(w.out_channels * taps))
 
     def _weight_bytes(self, weights: float) -> float:
         """In fp16; of the sparse form half of them, and two bits each for their places."""
@@ -81,7 +71,7 @@ class Estimator:
 
 def configs(site: ConvSite, *, sparse: bool) -> list[TensorConfig]:
     """Configurations that fit the layer's place, best estimate first."""
-    estimate = Estimator.of(site, sparse=sparse)
+    estimate = Estimator(site, sparse)
     w, views = site.workload, site.views
     found = [c for c in _all() if refuses_place(w, c, views, sparse=sparse) is None]
     return sorted(found, key=estimate.us)

@@ -7,12 +7,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from topiarist.schedules.cuda.space import BARRIER_CYCLES, LAUNCH_US, SCHEDULERS, memory_us
+from topiarist.schedules.cuda.space import BARRIER_CYCLES, SCHEDULERS, LayerTime
 from topiarist.schedules.cuda.thread import QUAD
 from topiarist.schedules.cuda.tiled import TiledConfig, Tiles, refuses_place
 from topiarist.schedules.kernel import ConvSite
 from topiarist.targets.cuda import WARP
-from topiarist.targets.gpu import Gpu
 
 SUMS = ((4, 4), (8, 4), (4, 8), (8, 8))  # channels and pixels of a thread
 ROWS = (4, 8, 16)
@@ -26,24 +25,14 @@ LINE = 8  # loads of four values that a cycle of shared memory serves
 
 
 @dataclass(frozen=True)
-class Estimator:
+class Estimator(LayerTime):
     """Microseconds of a layer by counting."""
-
-    site: ConvSite
-    gpu: Gpu
-
-    @staticmethod
-    def of(site: ConvSite) -> Estimator:
-        """The estimator of a layer in its place, on a target with a GPU."""
-        assert site.target.gpu is not None
-        return Estimator(site, site.target.gpu)
 
     def us(self, config: TiledConfig) -> float:
         """The larger of what the multiprocessors and the memory need, and the launch."""
         w = self.site.workload
         taps = w.in_channels // w.groups * math.prod(w.kernel)
-        memory = memory_us(self.site, self.gpu, 4.0 * w.out_channels * taps)
-        return LAUNCH_US + max(self._cycles(config) / self.gpu.clock_ghz / 1e3, memory)
+        return self.larger_us(self._cycles(config), 4.0 * w.out_channels * taps)
 
     def _cycles(self, config: TiledConfig) -> float:
         """Of the busiest multiprocessor."""
@@ -68,7 +57,7 @@ class Estimator:
 
 def configs(site: ConvSite) -> list[TiledConfig]:
     """Configurations that fit the layer's place, best estimate first."""
-    estimate = Estimator.of(site)
+    estimate = Estimator(site)
     found = [c for c in _all() if refuses_place(site.workload, c, site.views) is None]
     return sorted(found, key=estimate.us)
 

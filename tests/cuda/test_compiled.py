@@ -90,7 +90,7 @@ def test_the_estimate_counts_the_loads(case: ConvCase) -> None:
     problem = problem_of(replace(case, outputs=64))
     for config in (CudaConfig(32, 1, 32, 1), CudaConfig(8, problem.workload.out_height, 32, 1)):
         loads = sum(len(code.offsets) for code in codes(problem, config))
-        counted = compiled_space.Estimator.of(site_of(problem)).loads(config)
+        counted = compiled_space.Estimator(site_of(problem)).loads(config)
         assert counted == pytest.approx(loads, rel=0.05)
 
 
