@@ -83,7 +83,7 @@ def test_the_clock_decides(
 def test_the_fastest_of_another_tile_is_a_finalist(
     two_layers: tuple[Graph, Parts, Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten configurations of one tile are faster alone, one of another tile within reach."""
+    """Four configurations of one tile are faster alone, another tile is within reach."""
     graph, parts, plan = two_layers
     best = plan.choices["first"].timed[0]
     assert isinstance(best.config, DirectConfig)
