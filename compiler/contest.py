@@ -1,9 +1,10 @@
 """Which way of pruning a network loses least at a latency: timed first, compared then.
 
 A network with more or fewer channels, and one level for all layers, are priced by the same latency
-model, but what it gets wrong differs from one to the next. So each is compiled and timed once, and
-then the outputs are compared at the levels that corrected prices allow. The one that is nearest to
-the dense network's outputs is timed again, until it is the one that takes what was asked for.
+model, but what it gets wrong differs from one to the next. So each is compiled and timed once, for
+whatever latency was asked for first, and then the outputs are compared at the levels that corrected
+prices allow. The one that is nearest to the dense network's outputs is timed again, until it is the
+one that takes what was asked for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from topiarist.compiler.timed_builds import TimedBuilds
 
 TOLERANCE = 0.03  # of the latency asked for
 ROUNDS = 6  # of compiling and timing, at most, once each entrant was timed
-HOPELESS = 3.0  # times the least error, at prices not yet corrected for this latency
+HOPELESS = 2.0  # times the least error, at prices that nothing was measured for yet
 TIE = 1.1  # times the least error: images can't tell such networks apart
 
 ErrorOf = Callable[[Prunable, Proposal], float]
@@ -63,7 +64,8 @@ class _Entrant:
 class Contest:
     """Networks that are to take `wanted_us`; `error_of` says what levels do to the outputs.
 
-    `rounds` is all that was timed. Those whose error is HOPELESS to begin with are not.
+    `rounds` is all that was timed. Those whose error is HOPELESS to begin with are timed only if
+    the others are too late.
     """
 
     def __init__(
@@ -78,21 +80,21 @@ class Contest:
         self._builds = builds
         self._error_of = error_of
         proposals = [(network, self._propose(network)) for network in networks]
-        entrants = [_Entrant(*one, error_of(*one)) for one in proposals]
-        limit = HOPELESS * min(entrant.error for entrant in entrants)
-        self._entrants = [entrant for entrant in entrants if entrant.error <= limit]
+        self._entrants = [_Entrant(*one, error_of(*one)) for one in proposals]
 
     def winner(self) -> Attempt:
         """What loses least of all that takes as long; the nearest to that after ROUNDS."""
+        limit = HOPELESS * min(entrant.error for entrant in self._entrants)
         for entrant in self._entrants:
-            if not entrant.attempts:
+            if entrant.error <= limit and not entrant.network.was_timed:
                 self._time(entrant)
         while True:
             best = self._leader()
             if best.settled:
                 return best.attempts[-1]
             if len(self.rounds) >= len(self._entrants) + ROUNDS:
-                return min(best.attempts, key=lambda one: self.distance(one.run_us))
+                attempts = best.attempts or [a for one in self._entrants for a in one.attempts]
+                return min(attempts, key=lambda one: self.distance(one.run_us))
             self._time(best)
 
     def distance(self, run_us: float) -> float:
@@ -102,8 +104,7 @@ class Contest:
     def correct(self, attempt: Attempt, manifest: Manifest, run_us: float) -> None:
         """What the winner took when it was built again, if that is not what was asked for."""
         entrant = next(one for one in self._entrants if one.network is attempt.network)
-        entrant.network.correct(attempt.proposal, manifest, run_us)
-        self._propose_again(entrant)
+        self._correct(entrant, attempt.proposal, manifest, run_us)
 
     def _leader(self) -> _Entrant:
         """What loses least, or as good as that without timing anything again."""
@@ -121,9 +122,20 @@ class Contest:
         run_us = self._builds.dense_us / ratio.median
         self.rounds.append(Round(network.way, proposal.expected_us, run_us, entrant.error))
         entrant.attempts.append(Attempt(network, proposal, narrowed(advice, manifest), run_us))
-        network.correct(proposal, manifest, run_us)
-        if self.distance(run_us) > TOLERANCE:
-            self._propose_again(entrant)
+        self._correct(entrant, proposal, manifest, run_us)
+
+    def _correct(
+        self, timed: _Entrant, proposal: Proposal, manifest: Manifest, run_us: float
+    ) -> None:
+        """Propose again what prices have changed for, but not what has taken what it was to."""
+        timed.network.correct(proposal, manifest, run_us)
+        for entrant in self._entrants:
+            if entrant is timed:
+                again = self.distance(run_us) > TOLERANCE
+            else:
+                again = not entrant.settled and entrant.network.shares_prices(timed.network)
+            if again:
+                self._propose_again(entrant)
 
     def _propose_again(self, entrant: _Entrant) -> None:
         """At corrected prices."""

@@ -173,6 +173,7 @@ class GuidedPruner:
         for network in networks:
             network.rest_us = rest_us
             network.scale = (self.dense_us - rest_us) / whole.dense_us
+        whole.correct_dense(self.builds.dense_manifest, self.dense_us)
         self.networks = [whole.evenly()] if even else [*networks, whole.evenly()]
 
     @property
@@ -190,8 +191,6 @@ class GuidedPruner:
 
         Raises BudgetError, naming the reachable minimum, for a goal out of reach.
         """
-        for network in self.networks:
-            network.start_over()
         wanted_us = goal.us(self.dense_us)
         reach = self.reach
         if wanted_us < reach.least_us * (1 - TOLERANCE):

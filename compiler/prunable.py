@@ -6,7 +6,6 @@ Prices come from a latency model. What the compiled network really took corrects
 from __future__ import annotations
 
 import copy
-import math
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,7 @@ import numpy as np
 import onnx
 
 from topiarist.compiler.choose import Advice, Candidate
+from topiarist.compiler.corrections import Corrections, Measured
 from topiarist.compiler.graph import Conv
 from topiarist.compiler.manifest import Manifest
 from topiarist.compiler.prices import Pricer, Prices, open_prices
@@ -40,8 +40,6 @@ from topiarist.schedules.workload import SparsitySignature
 from topiarist.targets.spec import TargetSpec
 
 ROUNDING = 1e-9
-LIKELY = 3.0  # what the logarithm of one layer's time over its price may be off
-DOUBT = 0.5  # times of a layer's that the typical one counts for
 LEAST_GAIN = 0.05  # of a layer's time; less could be noise and is not worth its error
 
 Zeros = Mapping[str, Mapping[Level, SparsitySignature]]
@@ -103,19 +101,14 @@ class Prunable:
         self.plans = [self._plan(one) for one in hopeful]
         self.even = False
         self.scale, self.rest_us = 1.0, 0.0
-        self._forget()
+        self.corrections = Corrections(self.dense_us)
+        self._left = 1.0
 
     def evenly(self) -> Prunable:
-        """The same network with one level for all layers, and corrections of its own."""
+        """The same network with one level for all layers; what is learned of one serves both."""
         other = copy.copy(self)
         other.even = True
-        other._forget()
         return other
-
-    def _forget(self) -> None:
-        """No correction: logarithms, by layer and for all, each for its dense and its zeros."""
-        self._seen: defaultdict[tuple[str, bool], list[float]] = defaultdict(list)
-        self._offset = {True: 0.0, False: 0.0}
 
     @property
     def way(self) -> str:
@@ -185,51 +178,56 @@ class Prunable:
         return self.rest_us + sum(fixed)
 
     def _factor(self, layer: str, level: Level) -> float:
-        dense = level == DENSE
-        return self.scale * math.exp(self._offset[dense] + self._own(layer, dense))
+        return self.scale * self._left * self.corrections.factor(layer, level)
 
-    def _own(self, layer: str, dense: bool) -> float:
-        """By how much a layer is off beside all others, as far as that is sure.
+    @property
+    def was_timed(self) -> bool:
+        """Whether anything is known of what its layers take with zeros."""
+        return self.corrections.know_zeros
 
-        Single times are noisy, and a layer that seems slow by mistake is not chosen, so not timed,
-        again: the first time counts by two thirds.
-        """
-        seen = self._seen.get((layer, dense), [])
-        return sum(seen) / (len(seen) + DOUBT)
-
-    def start_over(self) -> None:
-        """Forget what single layers took, at other levels; what all took is still known, nearly."""
-        self._seen.clear()
+    def shares_prices(self, other: Prunable) -> bool:
+        """Whether what is measured of one of them corrects the prices of the other."""
+        return self.corrections is other.corrections
 
     def correct(self, proposal: Proposal, manifest: Manifest, run_us: float) -> None:
-        """Make the price of what was compiled the measured one, and that of its layers nearly."""
-        measured = {layer.layer: layer.run_us or 0.0 for layer in manifest.layers}
-        others_us = sum(other.run_us for other in manifest.others)
-        whole = run_us / (sum(measured.values()) + others_us)
-        self.rest_us = others_us * whole
-        levels, fixed = proposal.allocation.levels, proposal.plan.fixed_us
-        for dense in (True, False):
-            times = {
-                layer.layer: (measured.get(layer.layer, 0.0) * whole, option.run_us)
-                for layer in proposal.plan.layers
-                for option in layer.options
-                if option.level == levels[layer.layer] and (option.level == DENSE) == dense
-            }
-            if dense:
-                times |= {name: (measured.get(name, 0.0) * whole, us) for name, us in fixed.items()}
-            self._correct({name: (t, p) for name, (t, p) in times.items() if t * p > 0}, dense)
+        """Make the price of what was compiled the measured one, and those of its layers nearly."""
+        levels = proposal.allocation.levels
+        self._learn(proposal.plan, levels, manifest, run_us)
+        self._left = 1.0
+        expected_us = self._fixed_us(proposal.plan) + sum(
+            option.run_us * self._factor(layer.layer, option.level)
+            for layer in proposal.plan.layers
+            for option in layer.options
+            if option.level == levels[layer.layer]
+        )
+        self._left = (run_us - self.rest_us) / (expected_us - self.rest_us)
 
-    def _correct(self, times: Mapping[str, tuple[float, float]], dense: bool) -> None:
-        """By measured times and uncorrected prices of all layers that run dense, or with zeros."""
-        if not times:
-            return
-        taken_us = sum(taken for taken, _ in times.values())
-        common = math.log(taken_us / sum(price for _, price in times.values()))
-        for name, (taken, price) in times.items():
-            off = math.log(taken / price) - common
-            self._seen[name, dense].append(min(max(off, -LIKELY), LIKELY))
-        expected_us = sum(p * math.exp(self._own(name, dense)) for name, (_, p) in times.items())
-        self._offset[dense] = math.log(taken_us / (self.scale * expected_us))
+    def correct_dense(self, manifest: Manifest, run_us: float) -> None:
+        """What its layers take in the dense build, in whatever layouts."""
+        plan = min(self.plans, key=lambda plan: plan.dense_us)
+        self._learn(plan, dict.fromkeys(self.zeros, DENSE), manifest, run_us)
+
+    def _learn(
+        self, plan: Plan, levels: Mapping[str, Level], manifest: Manifest, run_us: float
+    ) -> None:
+        taken = {layer.layer: layer.run_us or 0.0 for layer in manifest.layers}
+        others_us = sum(other.run_us for other in manifest.others)
+        whole = run_us / (sum(taken.values()) + others_us)
+        self.rest_us = others_us * whole
+        options = [
+            (layer.layer, option)
+            for layer in plan.layers
+            for option in layer.options
+            if option.level == levels[layer.layer]
+        ]
+        priced = [(name, o.level, o.run_us) for name, o in options]
+        priced += [(name, DENSE, us) for name, us in plan.fixed_us.items()]
+        self.corrections.learn(
+            {
+                name: Measured(level, taken.get(name, 0.0) * whole, us * self.scale)
+                for name, level, us in priced
+            }
+        )
 
     def advice(self, proposal: Proposal) -> Advice:
         """The few candidates of each convolution that are worth compiling."""

@@ -54,9 +54,14 @@ class TimedBuilds:
         self.dense_us = float(np.median(samples)) * 1e6
 
     @property
+    def dense_manifest(self) -> Manifest:
+        """What the dense build says of itself."""
+        return read_manifest(self._dense_bundle)
+
+    @property
     def dense_share_of_others(self) -> float:
         """The share of the dense build's time that layers without weights take."""
-        manifest = read_manifest(self._dense_bundle)
+        manifest = self.dense_manifest
         layers_us = sum(layer.run_us or 0.0 for layer in manifest.layers)
         others_us = sum(other.run_us for other in manifest.others)
         return others_us / (layers_us + others_us)

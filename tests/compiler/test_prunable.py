@@ -14,6 +14,7 @@ import pytest
 
 from tests.models import Net, run_onnx
 from topiarist.compiler.bundle import read_manifest
+from topiarist.compiler.corrections import Corrections
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.pipeline import compile_model
 from topiarist.compiler.prices import MOST_OFFERS, SPARSE_KERNELS
@@ -114,32 +115,47 @@ def test_what_was_measured_corrects_prices(network: Prunable, tmp_path: Path) ->
 
 
 def test_the_sum_is_corrected_at_once_and_single_layers_by_and_by(network: Prunable) -> None:
-    """Of two sparse layers one takes four times its price; what is dense takes four times, too."""
+    """Of two sparse layers one takes 1.6 times its price."""
     way = network.evenly()
+    way.corrections = Corrections(way.dense_us)
     proposal = way.propose(200.0)
     levels = proposal.allocation.levels
     assert DENSE not in levels.values()
     priced = {name: o.run_us for name, o in proposal.allocation.options.items()}
-    taken = {"stem": 400.0, "one": priced["one"], "two": 4 * priced["two"]}
-    layers = tuple(SimpleNamespace(layer=name, run_us=us) for name, us in taken.items())
-    manifest: Any = SimpleNamespace(layers=layers, others=())
-    run_us = sum(taken.values())
+    taken = {"stem": 100.0, "one": priced["one"], "two": 1.6 * priced["two"]}
+    manifest = _manifest(taken)
 
     def now() -> dict[str, float]:
         options = way.options(proposal.plan)
         found = {layer.layer: layer.at(levels[layer.layer]) for layer in options}
         return {name: option.run_us for name, option in found.items() if option is not None}
 
-    seen = []
+    assert not way.was_timed
+    ratios = []
     for _ in range(3):
-        way.correct(proposal, manifest, run_us)
-        assert sum(now().values()) == pytest.approx(run_us - 400)
-        seen.append(now()["two"])
-    assert priced["two"] < seen[0] < seen[1] < seen[2] < taken["two"]
-    assert seen[2] == pytest.approx(taken["two"], rel=0.15)
-    way.start_over()
-    assert sum(now().values()) == pytest.approx(run_us - 400, rel=0.1)
-    assert now()["two"] / now()["one"] == pytest.approx(priced["two"] / priced["one"])
+        way.correct(proposal, manifest, sum(taken.values()))
+        assert sum(now().values()) == pytest.approx(sum(taken.values()) - 100, rel=0.1)
+        ratios.append(now()["two"] / now()["one"])
+    assert way.was_timed
+    assert priced["two"] / priced["one"] < ratios[0] < ratios[1] < ratios[2]
+    assert ratios[2] == pytest.approx(taken["two"] / taken["one"], rel=0.15)
+
+
+def test_one_dense_layer_says_little_of_all_others(network: Prunable) -> None:
+    """The stem alone was timed dense; what the others would take dense is known from before."""
+    way = network.evenly()
+    way.corrections = Corrections(way.dense_us)
+    way.correct_dense(_manifest(dict.fromkeys(("stem", "one", "two"), 100.0)), 300.0)
+    proposal = way.propose(200.0)
+    sparse = {name: o.run_us for name, o in proposal.allocation.options.items()}
+    way.correct(proposal, _manifest({"stem": 50.0, **sparse}), 50 + sum(sparse.values()))
+    dense = [layer.options[0].run_us for layer in way.options(proposal.plan)]
+    assert min(dense) > 75  # the common factor would make 50 of it
+
+
+def _manifest(taken: dict[str, float]) -> Any:
+    layers = tuple(SimpleNamespace(layer=name, run_us=us) for name, us in taken.items())
+    return SimpleNamespace(layers=layers, others=())
 
 
 def test_operators_of_two_networks_share_code_only_if_they_are_equal(tmp_path: Path) -> None:
