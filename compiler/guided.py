@@ -38,7 +38,8 @@ from topiarist.pruning.stitch import stitch
 from topiarist.targets.spec import TargetSpec
 
 BUILDS = 3  # of reconstructed networks, at most: their times may differ from those of a round
-CONTEST_IMAGES = 256
+TRIED_IMAGES = 128  # that a choice is reconstructed from to be compared
+CONTEST_IMAGES = 256  # others, on which it is compared
 CUTS = (0.2, 0.35, 0.5)  # shares of the time that channels are cut out for, before zeros
 
 Progress = Callable[[str, int, int], None]
@@ -213,7 +214,7 @@ class GuidedPruner:
     def _error(self, network: Prunable, proposal: Proposal) -> float:
         """Of the outputs for other images with these levels, reconstructed from a few."""
         self.progress("try on images", 0, 1)
-        few, levels = self.images.first(CONTEST_IMAGES), proposal.allocation.levels
+        few, levels = self.images.first(TRIED_IMAGES), proposal.allocation.levels
         return self.outputs.of(stitch(network.model, network.database, levels, few))
 
     def _finish(

@@ -8,7 +8,6 @@ weights that stay are fitted once more: from the inputs as they are to the outpu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -62,57 +61,35 @@ def _fit(weight: Array, square: Array, cross: Array) -> Array:
     return settle(weight, target, weight != 0, matrix)[0]
 
 
-@dataclass(eq=False)
-class _Sums:
-    """Over places: x x^T (upper triangles), y x^T, x and y, [groups, ...]."""
-
-    square: Array
-    cross: Array
-    inputs: Array
-    outputs: Array
-    places: int = 0
-
-
 def _covariances(
     layer: WeightedLayer, inputs: Sequence[NDArray[Any]], outputs: Sequence[NDArray[Any]]
 ) -> tuple[Array, Array]:
     """Of the inputs [groups, c, c], and of outputs with inputs [groups, O / groups, c]."""
     share = -(-len(inputs) // available_cores())
     parts = [slice(s, s + share) for s in range(0, len(inputs), share)]
-    first, *others = on_all_cores(lambda p: _sums(layer, inputs[p], outputs[p]), parts)
-    for other in others:
-        first.square += other.square
-        first.cross += other.cross
-        first.inputs += other.inputs
-        first.outputs += other.outputs
-        first.places += other.places
-    x, y = first.inputs / first.places, first.outputs / first.places
-    square = whole_matrices(first.square) / first.places - x[:, :, None] * x[:, None]
-    return square, first.cross / first.places - y[:, :, None] * x[:, None]
+    sums = sum(on_all_cores(lambda p: _sums(layer, inputs[p], outputs[p]), parts))
+    assert not isinstance(sums, int)
+    columns, places = layer.weight[0].size, sums[:, -1:, -1:]
+    mean = sums[:, :-1, -1] / places[..., 0]
+    moments = sums[:, :columns, :-1] / places - mean[:, :columns, None] * mean[:, None]
+    square, cross = moments[:, :, :columns], moments[:, :, columns:]
+    return whole_matrices(square), cross.swapaxes(1, 2)
 
 
 def _sums(
     layer: WeightedLayer, inputs: Sequence[NDArray[Any]], outputs: Sequence[NDArray[Any]]
-) -> _Sums:
-    """The sums of some portions, as many at a time as make products large."""
-    groups, columns = layer.groups, layer.weight[0].size
-    rows = len(layer.weight) // groups
-    found = _Sums(
-        np.zeros((groups, columns, columns)),
-        np.zeros((groups, rows, columns)),
-        np.zeros((groups, columns)),
-        np.zeros((groups, rows)),
-    )
+) -> Array:
+    """The upper triangles of z z^T over places, z = (inputs, outputs, 1), in each group."""
+    rows = len(layer.weight) // layer.groups
+    size = layer.weight[0].size + rows + 1
+    total = np.zeros((layer.groups, size, size))
     step = max(1, TOGETHER // len(inputs[0]))
     for start in range(0, len(inputs), step):
         values = np.concatenate(inputs[start : start + step])
         wanted = np.concatenate(outputs[start : start + step])
         for part in image_parts(layer, values):
-            x = unfold(layer, values[part])
-            y = np.moveaxis(wanted[part], 1, 0).reshape(groups, rows, -1).astype(np.float64)
-            add_products(found.square, x)
-            found.cross += y @ x.swapaxes(1, 2)
-            found.inputs += x.sum(axis=2)
-            found.outputs += y.sum(axis=2)
-            found.places += x.shape[2]
-    return found
+            x = unfold(layer, values[part], np.float32)
+            y = np.moveaxis(wanted[part], 1, 0).reshape(layer.groups, rows, -1)
+            ones = np.ones((layer.groups, 1, x.shape[2]), np.float32)
+            add_products(total, np.concatenate([x, y.astype(np.float32), ones], axis=1))
+    return total
