@@ -220,6 +220,7 @@ class Chooser:
         self.progress = progress
         measures = mode in ("measure", "finalists")
         self.timer = (seconds or seconds_here(parts)) if measures else None
+        self._times_here = seconds is None and convs is None and self.target.gpu is None
         self.workloads = {
             node.name: workload_of(node, graph) for node in graph.nodes if isinstance(node, Conv)
         }
@@ -406,15 +407,24 @@ class Chooser:
                 for config, us in zip(new, times, strict=True)
             ]
             return
-        for i, config in enumerate(shortlist):
-            if i >= FIRST_TRIES and self._hopeless(kernel, timed):
+        for configs in (shortlist[:FIRST_TRIES], shortlist[FIRST_TRIES:]):
+            new = [config for config in configs if (kernel.name, config) not in known]
+            self._compile(kernel, new, node, site)
+            for config in new:
+                try:
+                    timed.append(self._candidate(kernel, config, node, site))
+                except GpuError as error:
+                    failed.append(f"{kernel.name} {config}: {error}")
+            if self._hopeless(kernel, timed):
                 return
-            if (kernel.name, config) in known:
-                continue
-            try:
-                timed.append(self._candidate(kernel, config, node, site))
-            except GpuError as error:
-                failed.append(f"{kernel.name} {config}: {error}")
+
+    def _compile(
+        self, kernel: ConvKernel[Any], configs: list[KernelConfig], node: Conv, site: ConvSite
+    ) -> None:
+        """On all cores, what will be timed here, and then only on those of the network."""
+        if self.timer is not None and self._times_here:
+            convolution = self.parts.convolution
+            self.parts.compiled([convolution(kernel, site, c, node.weight) for c in configs])
 
     @staticmethod
     def _hopeless(kernel: ConvKernel[Any], timed: list[Candidate]) -> bool:

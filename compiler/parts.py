@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from topiarist.schedules.kernel import ConvKernel, ConvSite, ConvViews, KernelCo
 from topiarist.schedules.operators import operators_for
 from topiarist.schedules.workload import ConvWorkload, SparsitySignature
 from topiarist.targets.linker import find_linker
+from topiarist.targets.linux import available_cores
 from topiarist.targets.spec import TargetSpec
 
 ANY_SPARSITY = SparsitySignature(0.0, "any", (0, 0, 0))
@@ -83,10 +85,13 @@ class Parts:
 
     def compiled(self, names: Sequence[str]) -> Mapping[str, Callable[..., None]]:
         """The functions ready to call on this machine. Raises BuildError."""
-        new = [name for name in names if name not in self._compiled]
-        if new:
-            library = self.built(new)
-            self._compiled.update({name: library[name] for name in new})
+        new = [name for name in dict.fromkeys(names) if name not in self._compiled]
+        shares = available_cores() if self.target.gpu is None else 1
+        groups = [group for i in range(shares) if (group := new[i::shares])]
+        if groups:
+            with ThreadPoolExecutor(len(groups)) as pool:  # TVM lets go of Python's lock
+                for group, library in zip(groups, pool.map(self.built, groups), strict=True):
+                    self._compiled.update({name: library[name] for name in group})
         return self._compiled
 
     def export(self, names: Sequence[str], path: Path) -> Path:
