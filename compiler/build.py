@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import tvm
@@ -14,8 +15,12 @@ from topiarist.errors import BuildError
 from topiarist.targets.spec import TargetSpec
 
 
-def to_relax(program: Program, memory: MemoryPlan) -> tvm.IRModule:
-    """One impure function `main(inputs..., params)` that calls the kernels in order."""
+def to_relax(program: Program, memory: MemoryPlan, *, graphs: bool = False) -> tvm.IRModule:
+    """One impure function `main(inputs..., params)` that calls the kernels in order.
+
+    With `graphs` the types of the parameters are known, which CUDA graphs need. They would be
+    checked in every run, which takes longer than many a kernel, so elsewhere they are not.
+    """
     builder = relax.BlockBuilder()
     functions = {
         name: builder.add_func(function, name) for name, function in program.functions.items()
@@ -25,9 +30,9 @@ def to_relax(program: Program, memory: MemoryPlan) -> tvm.IRModule:
         for i, ref in enumerate(program.inputs)
     ]
     types = [relax.TensorType(array.shape, array.dtype.name) for array in program.params]
-    params = relax.Var("params", relax.TupleType(types))
+    params = relax.Var("params", relax.TupleType(types) if graphs else relax.AnyType())
     with builder.function("main", [*inputs, params], pure=False):
-        emitter = _Emitter(builder, program, memory, inputs, params)
+        emitter = _Emitter(builder, program, memory, inputs, params, types)
         for call in program.calls:
             args = [emitter.argument(arg) for arg in call.args]
             builder.emit(relax.Call(functions[call.function], args, None, [relax.TupleType([])]))
@@ -47,10 +52,12 @@ class _Emitter:
         memory: MemoryPlan,
         inputs: list[Any],
         params: Any,
+        types: Sequence[Any],
     ) -> None:
         self.builder = builder
         self.memory = memory
         self.params = params
+        self.types = types
         self.storages: dict[int, Any] = {}
         self.tensors: dict[Ref, Any] = {}
         self.constants: dict[int, Any] = {}
@@ -63,8 +70,16 @@ class _Emitter:
         if isinstance(arg, Ref):
             return self.tensor(arg)
         if arg not in self.constants:
-            self.constants[arg] = self.builder.emit(relax.TupleGetItem(self.params, arg))
+            self.constants[arg] = self.builder.emit(self._parameter(arg))
         return self.constants[arg]
+
+    def _parameter(self, index: int) -> Any:
+        if isinstance(self.params.ty, relax.TupleType):
+            return relax.TupleGetItem(self.params, index)
+        getitem = relax.ExternFunc("vm.builtin.tuple_getitem")
+        return relax.Call(
+            getitem, [self.params, relax.prim_value(index)], None, [self.types[index]]
+        )
 
     def tensor(self, ref: Ref) -> Any:
         if ref not in self.tensors:
@@ -101,10 +116,12 @@ def build(module: tvm.IRModule, target: TargetSpec) -> Any:
     use_compiler(target)
     try:
         with tvm.transform.PassContext(config={"relax.backend.use_cuda_graph": graphs}):
-            return tvm.compile(
+            return relax.build(
                 module,
                 target=tvm.target.Target(target.tvm_target),
                 relax_pipeline=tvm.transform.Sequential(passes),
+                # An interpreter between the kernels takes longer than many a kernel.
+                exec_mode="bytecode" if graphs else "compiled",
             )
     except (RuntimeError, ValueError, TypeError) as error:
         raise BuildError(f"TVM could not build the network for {target.name}: {error}") from error

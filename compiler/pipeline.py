@@ -127,7 +127,7 @@ def compile_model(
     else:
         plan, program = plans[0], lower(graph, plans[0], parts)
     memory = plan_memory(program)
-    lowered = to_relax(program, memory)
+    lowered = to_relax(program, memory, graphs=spec.gpu is not None)
     report("generate code", 0, 1)
     executable = build(lowered, spec)
     report("generate code", 1, 1)
