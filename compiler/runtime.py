@@ -169,14 +169,20 @@ def pinned(threads: int) -> Iterator[None]:
 
 def _set_threads(threads: int) -> bool:
     """Size the calling thread's pool; False if it was made smaller before."""
-    ffi = load()
-    current = ffi.get_global_func("runtime.NumThreads")
+    current = _number_of_threads()
     if getattr(_of_thread, "has_pool", False) and current() == threads:
         return True
     os.environ["TVM_NUM_THREADS"] = str(max(threads, _environment_threads()))
-    ffi.get_global_func("runtime.config_threadpool")(_BIG_CORES, threads)
+    load().get_global_func("runtime.config_threadpool")(_BIG_CORES, threads)
     _of_thread.has_pool = True
     return bool(current() == threads)
+
+
+@cache
+def _number_of_threads() -> Callable[[], int]:
+    """TVM's function of the calling thread's pool; finding it takes a microsecond each time."""
+    found: Callable[[], int] = load().get_global_func("runtime.NumThreads")
+    return found
 
 
 def _environment_threads() -> int:

@@ -156,13 +156,13 @@ class Session:
 
     def _checked(self, inputs: Mapping[str, ArrayLike]) -> list[Array]:
         """The arrays in the order of the inputs, each of the expected dtype and rank."""
-        expected = ", ".join(describe(s) for s in self.inputs)
-        unknown = sorted(set(inputs) - {s.name for s in self.inputs})
-        if unknown:
-            raise ValueError(f"no input named {unknown[0]!r}; expected {expected}")
-        missing = [s.name for s in self.inputs if s.name not in inputs]
-        if missing:
-            raise ValueError(f"the input {missing[0]!r} is missing; expected {expected}")
+        names = [s.name for s in self.inputs]
+        if inputs.keys() != set(names):
+            expected = ", ".join(describe(s) for s in self.inputs)
+            for name in sorted(set(inputs).difference(names)):
+                raise ValueError(f"no input named {name!r}; expected {expected}")
+            for name in sorted(set(names).difference(inputs)):
+                raise ValueError(f"the input {name!r} is missing; expected {expected}")
         return [_checked_array(s, np.asarray(inputs[s.name])) for s in self.inputs]
 
     def _chunks(self, arrays: list[Array]) -> int:
