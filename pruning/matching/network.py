@@ -44,6 +44,7 @@ class Network:
     def __init__(self, model: onnx.ModelProto, outputs: Sequence[str], dtype: Any = np.float32):
         self.outputs = tuple(outputs)
         self.dtype = np.dtype(dtype)
+        self.values_held = 0  # by the last run, for its gradient
         self._scratch = Scratch()
         self._sources = constant_sources(model)
         arrays = constant_arrays(model)
@@ -63,14 +64,17 @@ class Network:
     ) -> tuple[list[Array], Callable[[Sequence[Array]], Gradients]]:
         """The outputs, and a function from their gradients to those of the parameters."""
         values = {name: self._cast(array) for name, array in inputs.items()}
-        tape = []
+        tape, held = [], 0
         for step in self._steps:
             read = [self._value(name, values, parameters) for name in step.inputs]
             values[step.output], pull = step.function(*read)
             tape.append((step, pull))
+            held += values[step.output].size
             del read
             for name in step.over:
                 values.pop(name, None)
+
+        self.values_held = held
 
         def pull_all(gradients: Sequence[Array]) -> Gradients:
             waiting = dict(zip(self.outputs, gradients, strict=True))
