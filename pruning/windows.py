@@ -41,9 +41,7 @@ class Window:
         around = padding(node, (height, width), span, strides)
         up = bool(attribute(node, "ceil_mode", 0))
         counts, lengths = [], []
-        for length, pads, reach, stride in zip(
-            (height, width), around, span, strides, strict=True
-        ):
+        for length, pads, reach, stride in zip((height, width), around, span, strides, strict=True):
             free = length + sum(pads) - reach
             count = free // stride + 1
             if up and free % stride and count * stride < length + pads[0]:

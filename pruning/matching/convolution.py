@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -107,44 +109,79 @@ def _depthwise(call: Call, x: Array, w: Array, b: Array | None, window: Window) 
 
 def _unfolded(call: Call, x: Array, w: Array, b: Array | None, window: Window) -> Result:
     """By the columns [K, places] of all that a filter reads, K = C / groups * kh * kw."""
-    n, c, *size = x.shape
-    groups = c // w.shape[1]
+    groups = x.shape[1] // w.shape[1]
     matrix = w.reshape(groups, len(w) // groups, -1)
-    columns = _Columns(window, c, groups, x.dtype, call.scratch)
-    y = np.empty((n, len(w), *window.size), x.dtype)
-    for images in columns.portions(n):
-        padded = columns.pad(x[images])
-        for rows in columns.blocks():
-            read = columns.gather(padded, rows, len(x[images]))
-            product = call.scratch.take("product", (*matrix.shape[:2], read.shape[2]), x.dtype)
-            np.matmul(matrix, read, out=product)
-            found = columns.crop(product, rows, len(x[images]))
-            np.add(found, 0 if b is None else b[:, None, None], out=y[images, :, rows])
+    columns = _Columns(window, x.shape[1], groups, x.dtype, call.scratch)
+    y = _multiply(matrix, columns, x, window.inner(x.shape[2:]), ...)
+    if b is not None:
+        y += b[:, None, None]
 
     def pull(g: Array) -> Sequence[Array | None]:
-        dw, db = np.zeros_like(matrix), np.zeros(matrix.shape[:2], x.dtype)
-        dx = np.empty_like(x) if call.wanted(0) else None
-        for images in columns.portions(n):
-            padded = columns.pad(x[images])
-            missing = None if dx is None else columns.blank("missing", len(x[images]))
+        dw = np.zeros((groups, matrix.shape[2], matrix.shape[1]), x.dtype)
+        for images in columns.portions(len(x)):
+            padded = columns.pad(x[images], window.inner(x.shape[2:]))
             for rows in columns.blocks():
-                gradient = columns.spread(g[images, :, rows], rows)
                 read = columns.gather(padded, rows, len(x[images]))
-                dw += np.matmul(gradient, read.swapaxes(1, 2))
-                db += gradient.sum(axis=2)
-                if missing is not None:
-                    np.matmul(matrix.swapaxes(1, 2), gradient, out=read)
-                    columns.scatter(missing, read, rows, len(x[images]))
-            if dx is not None and missing is not None:
-                dx[images] = columns.planes(missing, len(x[images]))[window.inner(size)]
-        return dx, dw.reshape(w.shape), db.reshape(-1)
+                dw += np.matmul(read, columns.spread(g[images, :, rows]).swapaxes(1, 2))
+        dx = _input_gradient(call, g, w, groups, window, x.shape[2:]) if call.wanted(0) else None
+        return dx, dw.swapaxes(1, 2).reshape(w.shape), _sum_channels(g)
 
     return y, pull
 
 
+def _input_gradient(
+    call: Call, g: Array, w: Array, groups: int, window: Window, size: Sequence[int]
+) -> Array:
+    """A convolution of the output's gradient with the turned kernel.
+
+    Strides put zeros between its values.
+    """
+    turned = w.reshape(groups, -1, *w.shape[1:])[..., ::-1, ::-1].swapaxes(1, 2)
+    matrix = np.ascontiguousarray(turned).reshape(groups, w.shape[1], -1)
+    reach = [d * (k - 1) for d, k in zip(window.dilations, window.kernel, strict=True)]
+    back = Window(
+        kernel=window.kernel,
+        strides=(1, 1),
+        dilations=window.dilations,
+        before=(reach[0] - window.before[0], reach[1] - window.before[1]),
+        behind=(0, 0),
+        size=(size[0], size[1]),
+        padded=(size[0] + reach[0], size[1] + reach[1]),
+    )
+    taken, put = zip(
+        *map(_placed, window.size, window.strides, back.before, back.padded), strict=True
+    )
+    columns = _Columns(back, g.shape[1], groups, g.dtype, call.scratch)
+    return _multiply(matrix, columns, g, (..., *put), (..., *taken))
+
+
+def _placed(count: int, stride: int, start: int, length: int) -> tuple[slice, slice]:
+    """Which of so many values, a stride apart, lie in a line of this length, and where."""
+    first = max(0, -(start // stride))
+    last = min(count - 1, (length - 1 - start) // stride)
+    at = start + first * stride
+    return slice(first, last + 1), slice(at, start + last * stride + 1, stride)
+
+
+def _multiply(matrix: Array, columns: _Columns, x: Array, put: Any, taken: Any) -> Array:
+    """The products with the columns of images, which lie at `put` in their padding."""
+    window, outputs = columns.window, matrix.shape[0] * matrix.shape[1]
+    y = np.empty((len(x), outputs, *window.size), x.dtype)
+    for images in columns.portions(len(x)):
+        count = len(x[images])
+        padded = columns.pad(x[images][taken], put)
+        for rows in columns.blocks():
+            read = columns.gather(padded, rows, count)
+            shape = (*matrix.shape[:2], read.shape[2])
+            product = np.matmul(matrix, read, out=columns.scratch.take("product", shape, x.dtype))
+            values = product.reshape(outputs, count, -1, columns.run)[..., : window.size[1]]
+            y[images, :, rows] = values.swapaxes(0, 1)
+    return y
+
+
 @dataclass(frozen=True, eq=False)
 class _Columns:
-    """Copies what windows read into columns, and adds such columns up again.
+    """Copies what windows read into columns.
 
     With stride 1 a line of windows runs over whole padded rows, on to the next row: copies are
     long, and what the last few of a row give is cropped.
@@ -179,23 +216,13 @@ class _Columns:
         step = max(1, min(rows, PIECE_BYTES // self._row_bytes))
         return (slice(s, min(s + step, rows)) for s in range(0, rows, step))
 
-    def blank(self, role: str, images: int) -> Array:
-        """Padded planes of zeros as one line, with room for the run of the last row."""
+    def pad(self, x: Array, put: Any) -> Array:
+        """The images amid zeros, as one line, with room for the run of the last row."""
         height, width = self.window.padded
-        size = images * self.channels * height * width + width
-        line = self.scratch.take(role, (size,), self.dtype)
+        shape = len(x), self.channels, height, width
+        line = self.scratch.take("padded", (math.prod(shape) + width,), self.dtype)
         line.fill(0)
-        return line
-
-    def planes(self, line: Array, images: int) -> Array:
-        """The line as [N, C, H, W]."""
-        shape = images, self.channels, *self.window.padded
-        return line[: -self.window.padded[1]].reshape(shape)
-
-    def pad(self, x: Array) -> Array:
-        """The images in the middle of zeros, as one line."""
-        line = self.blank("padded", len(x))
-        self.planes(line, len(x))[self.window.inner(x.shape[2:])] = x
+        line[:-width].reshape(shape)[put] = x
         return line
 
     def gather(self, line: Array, rows: slice, images: int) -> Array:
@@ -206,26 +233,12 @@ class _Columns:
         depth = self.channels // self.groups * self.window.kernel[0] * self.window.kernel[1]
         return columns.reshape(self.groups, depth, -1)
 
-    def scatter(self, line: Array, columns: Array, rows: slice, images: int) -> None:
-        """Add columns to where they were gathered."""
-        target = self._view(line, rows, images)
-        values = columns.reshape(target.shape)
-        for i in range(target.shape[1]):  # within one such step no place is met twice
-            for j in range(target.shape[2]):
-                target[:, i, j] += values[:, i, j]
-
-    def crop(self, product: Array, rows: slice, images: int) -> Array:
-        """[groups, O / groups, places] -> [N, O, oh, ow]."""
-        values = product.reshape(-1, images, rows.stop - rows.start, self.run)
-        return values[..., : self.window.size[1]].swapaxes(0, 1)
-
-    def spread(self, gradient: Array, rows: slice) -> Array:
-        """[N, O, oh, ow] -> [groups, O / groups, places], zeros where it was cropped."""
-        n, o = gradient.shape[:2]
-        shape = o, n, rows.stop - rows.start, self.run
-        values = self.scratch.take("gradient", shape, self.dtype)
-        values[..., self.window.size[1] :] = 0
-        values[..., : self.window.size[1]] = gradient.swapaxes(0, 1)
+    def spread(self, gradient: Array) -> Array:
+        """[N, O, rows, ow] -> [groups, O / groups, places], zeros where it was cropped."""
+        n, o, rows, width = gradient.shape
+        values = self.scratch.take("gradient", (o, n, rows, self.run), self.dtype)
+        values[..., width:] = 0
+        values[..., :width] = gradient.swapaxes(0, 1)
         return values.reshape(self.groups, o // self.groups, -1)
 
     def _view(self, line: Array, rows: slice, images: int) -> Array:
@@ -236,7 +249,8 @@ class _Columns:
         if self.window.strides == (1, 1):
             places, steps = (count * width,), (1,)
         tall, wide = self.window.dilations
-        strides = (height * width, tall * width, wide, self.channels * height * width, *steps)
+        image = self.channels * height * width
+        strides = height * width, tall * width, wide, image, *steps
         return as_strided(
             line[rows.start * down * width :],
             (self.channels, *self.window.kernel, images, *places),

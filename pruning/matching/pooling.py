@@ -22,9 +22,7 @@ def average_pool(call: Call, x: Array) -> Result:
     return _pool(_average, call, x)
 
 
-def _pool(
-    method: Callable[[Call, Array, Window], Result], call: Call, x: Array
-) -> Result:
+def _pool(method: Callable[[Call, Array, Window], Result], call: Call, x: Array) -> Result:
     """A pooling of [N, C, H, W] or [N, C, W]."""
     if x.ndim not in (3, 4):
         raise refused(call.node, f"it is a pooling of {x.ndim - 2} dimensions")
