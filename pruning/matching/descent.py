@@ -63,7 +63,8 @@ class Descent:
         shares = [portions[i :: len(self._networks)] for i in range(len(self._networks))]
 
         def gradient(number: int) -> tuple[Line, float]:
-            return self._gradient(self._networks[number], shares[number], count)
+            with np.errstate(all="ignore"):  # the loss says what went wrong
+                return self._gradient(self._networks[number], shares[number], count)
 
         busy = [number for number, share in enumerate(shares) if share]
         (total, loss), *others = on_all_cores(gradient, busy)

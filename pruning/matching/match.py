@@ -7,6 +7,7 @@ knowledge distillation (Hinton et al., 2015), so images need no labels; the zero
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -179,7 +180,9 @@ def _descend(
         for done, portions in enumerate(batches.forever(at_once)):
             if done >= steps:
                 return
-            descent.step(portions, recipe.rate * cosine(done / steps))
+            loss = descent.step(portions, recipe.rate * cosine(done / steps))
+            if not math.isfinite(loss):
+                return  # the outputs for other images will tell
             progress((done + 1) / steps)
             if done + 1 == TIMED_STEPS and recipe.seconds is not None:
                 fitting = int(recipe.seconds * TIMED_STEPS / max(clock() - start, 1e-9))
