@@ -33,7 +33,7 @@ class Window:
         """Of a node that reads planes of this size [H, W], or [W] for 1-D ones."""
         flat = len(size) == 1
         height, width = (1, *size) if flat else size
-        kernel = kernel_height, kernel_width = (1, *kernel) if flat else tuple(kernel)
+        kernel_height, kernel_width = (1, *kernel) if flat else kernel
         strides, dilations = (
             pair(attribute(node, name, None), flat) for name in ("strides", "dilations")
         )
@@ -49,7 +49,7 @@ class Window:
             counts.append(count)
             lengths.append(max(length + sum(pads), (count - 1) * stride + reach))
         return Window(
-            kernel=kernel,
+            kernel=(kernel_height, kernel_width),
             strides=strides,
             dilations=dilations,
             before=(around[0][0], around[1][0]),

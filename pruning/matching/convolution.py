@@ -245,7 +245,8 @@ class _Columns:
         """[C, kh, kw, N, places], or [..., rows, columns] with strides, without a copy."""
         (height, width), (down, right) = self.window.padded, self.window.strides
         count = rows.stop - rows.start
-        places, steps = (count, self.run), (down * width, right)
+        places: tuple[int, ...] = (count, self.run)
+        steps: tuple[int, ...] = (down * width, right)
         if self.window.strides == (1, 1):
             places, steps = (count * width,), (1,)
         tall, wide = self.window.dilations

@@ -3,7 +3,6 @@
 import itertools
 
 import numpy as np
-import onnx
 import pytest
 from onnx import numpy_helper
 
@@ -44,7 +43,6 @@ def test_outputs_come_nearer_and_zeros_stay(batch):
     for old, new in zip(weighted_layers(pruned), weighted_layers(matched), strict=True):
         assert ((old.weight == 0) == (new.weight == 0)).all()
         assert not (old.weight == new.weight).all()
-    onnx.checker.check_model(matched)
 
 
 def test_all_else_in_the_file_is_the_same():
