@@ -16,6 +16,7 @@ from topiarist.pruning.matching.network import Network
 
 MEAN_DECAY, SQUARE_DECAY = 0.9, 0.999  # as Adam's authors have them
 _LEAST = 1e-8
+LEAST_BIAS = 0.1  # biases of zero have no size to go by
 
 Line = NDArray[np.float32]
 
@@ -45,10 +46,7 @@ class Descent:
             for (name, array), end in zip(start.items(), ends, strict=True)
         }
         self._line: Line = np.concatenate([array.reshape(-1) for array in start.values()])
-        self._free = self._line != 0
-        for name, (place, _) in self._places.items():
-            if start[name].ndim == 1:  # a bias of zero is no pruned one
-                self._free[place] = True
+        self._reach = np.concatenate([_reach(array).reshape(-1) for array in start.values()])
         self._mean, self._square = np.zeros_like(self._line), np.zeros_like(self._line)
         self._steps = 0
 
@@ -94,12 +92,24 @@ class Descent:
     def _move(self, gradient: Line, rate: float) -> None:
         """Adam (Kingma & Ba, ICLR 2015, algorithm 1)."""
         self._steps += 1
-        gradient *= self._free
+        gradient *= self._reach != 0
         self._mean += (1 - MEAN_DECAY) * (gradient - self._mean)
         self._square += (1 - SQUARE_DECAY) * (gradient * gradient - self._square)
         whole = 1 - MEAN_DECAY**self._steps, 1 - SQUARE_DECAY**self._steps
         deviation = np.sqrt(self._square / np.float32(whole[1])) + np.float32(_LEAST)
-        self._line -= np.float32(rate / whole[0]) * self._mean / deviation
+        self._line -= np.float32(rate / whole[0]) * self._reach * self._mean / deviation
+
+
+def _reach(array: Array) -> Array:
+    """How far each value of a tensor goes with a rate of 1: the root mean square; zeros stay.
+
+    Weights of one network differ a thousandfold in size, and one rate has to suit all. A bias that
+    is zero has not been pruned, and may move.
+    """
+    size = np.sqrt(np.mean(np.square(array[array != 0]))) if array.any() else 0.0
+    if array.ndim == 1:
+        return np.full_like(array, max(size, LEAST_BIAS))
+    return (array != 0) * array.dtype.type(size)
 
 
 def cosine(share: float) -> float:

@@ -44,7 +44,7 @@ class Recipe:
 
     steps: int = 320
     batch: int = 64
-    rate: float = 2e-3
+    rate: float = 5e-3
     mirror: bool = True
     seconds: float | None = None
     seed: int = 0
