@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from topiarist.pruning.matching.call import Array, Call, Result, Scratch, refused
 from topiarist.pruning.windows import Window
@@ -112,9 +111,7 @@ def _unfolded(call: Call, x: Array, w: Array, b: Array | None, window: Window) -
     groups = x.shape[1] // w.shape[1]
     matrix = w.reshape(groups, len(w) // groups, -1)
     columns = _Columns(window, x.shape[1], groups, x.dtype, call.scratch)
-    y = _multiply(matrix, columns, x, window.inner(x.shape[2:]), ...)
-    if b is not None:
-        y += b[:, None, None]
+    y = _multiply(matrix, columns, x, ..., window.inner(x.shape[2:]), b)
 
     def pull(g: Array) -> Sequence[Array | None]:
         dw = np.zeros((groups, matrix.shape[2], matrix.shape[1]), x.dtype)
@@ -152,7 +149,7 @@ def _input_gradient(
         *map(_placed, window.size, window.strides, back.before, back.padded), strict=True
     )
     columns = _Columns(back, g.shape[1], groups, g.dtype, call.scratch)
-    return _multiply(matrix, columns, g, (..., *put), (..., *taken))
+    return _multiply(matrix, columns, g, (..., *taken), (..., *put))
 
 
 def _placed(count: int, stride: int, start: int, length: int) -> tuple[slice, slice]:
@@ -163,8 +160,11 @@ def _placed(count: int, stride: int, start: int, length: int) -> tuple[slice, sl
     return slice(first, last + 1), slice(at, start + last * stride + 1, stride)
 
 
-def _multiply(matrix: Array, columns: _Columns, x: Array, put: Any, taken: Any) -> Array:
-    """The products with the columns of images, which lie at `put` in their padding."""
+def _multiply(
+    matrix: Array, columns: _Columns, x: Array, taken: Any, put: Any, b: Array | None = None
+) -> Array:
+    """The products with the columns of images, what is `taken` of them put at `put` amid zeros."""
+    bias = columns.dtype.type(0) if b is None else b[:, None, None]
     window, outputs = columns.window, matrix.shape[0] * matrix.shape[1]
     y = np.empty((len(x), outputs, *window.size), x.dtype)
     for images in columns.portions(len(x)):
@@ -175,7 +175,7 @@ def _multiply(matrix: Array, columns: _Columns, x: Array, put: Any, taken: Any) 
             shape = (*matrix.shape[:2], read.shape[2])
             product = np.matmul(matrix, read, out=columns.scratch.take("product", shape, x.dtype))
             values = product.reshape(outputs, count, -1, columns.run)[..., : window.size[1]]
-            y[images, :, rows] = values.swapaxes(0, 1)
+            np.add(values.swapaxes(0, 1), bias, out=y[images, :, rows])
     return y
 
 
@@ -252,8 +252,11 @@ class _Columns:
         tall, wide = self.window.dilations
         image = self.channels * height * width
         strides = height * width, tall * width, wide, image, *steps
-        return as_strided(
-            line[rows.start * down * width :],
+        at = rows.start * down * width
+        return np.ndarray(  # as_strided takes as long as the copy
             (self.channels, *self.window.kernel, images, *places),
+            self.dtype,
+            line,
+            at * self.dtype.itemsize,
             [self.dtype.itemsize * stride for stride in strides],
         )
