@@ -12,7 +12,7 @@ import numpy as np
 from topiarist.pruning.matching.call import Array, Call, Result, Scratch, refused
 from topiarist.pruning.windows import Window
 
-PIECE_BYTES = 1 << 20  # of columns at once: they are read again from the cache
+PIECE_BYTES = 3 << 19  # of columns at once: they are read again from the cache
 
 
 def conv(call: Call, x: Array, w: Array, b: Array | None = None) -> Result:

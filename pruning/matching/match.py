@@ -29,7 +29,7 @@ from topiarist.pruning.output_error import OutputError
 from topiarist.targets.linux import available_cores
 
 HELD_BACK = 1 / 8  # of the images, to see whether it helps
-MOST_AT_ONCE = 8
+MOST_AT_ONCE = 16
 VALUES_AT_ONCE = 24 << 20  # inside the network, for each core
 TIMED_STEPS = 4  # before a limit of seconds becomes one of steps
 
