@@ -38,8 +38,9 @@ TIMED_STEPS = 4  # before a limit of seconds becomes one of steps
 class Recipe:
     """How outputs are matched: steps of so many images, at a rate that falls to zero by a cosine.
 
-    `mirror` lets half of the images be mirrored. With `seconds` there are as many steps as fit,
-    going by the first ones; without, results are the same every time on the same machine.
+    The rate is how far a step moves a weight, as a share of the size of its tensor's. `mirror` lets
+    half of the images be mirrored. With `seconds` there are as many steps as fit, going by the
+    first ones; without, results are the same every time on the same machine.
     """
 
     steps: int = 320
@@ -154,7 +155,8 @@ def _outputs(
     if mirror:
         portions = [flipped(p, np.ones(len(next(iter(p.values()))), np.bool_)) for p in portions]
     found = list(run_chunks(dense, portions, names))
-    return [np.concatenate([part[name] for part in found]) for name in names]
+    parts = ([part[name].astype(np.float32) for part in found] for name in names)
+    return [np.concatenate(part) for part in parts]
 
 
 def _at_once(network: Network, dense: onnx.ModelProto, images: Images) -> int:
