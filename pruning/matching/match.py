@@ -43,9 +43,9 @@ class Recipe:
     first ones; without, results are the same every time on the same machine.
     """
 
-    steps: int = 320
-    batch: int = 64
-    rate: float = 5e-3
+    steps: int = 256
+    batch: int = 32
+    rate: float = 1e-2
     mirror: bool = True
     seconds: float | None = None
     seed: int = 0
