@@ -109,7 +109,7 @@ def _reach(array: Array) -> Array:
     size = np.sqrt(np.mean(np.square(array[array != 0]))) if array.any() else 0.0
     if array.ndim == 1:
         return np.full_like(array, max(size, LEAST_BIAS))
-    return (array != 0) * array.dtype.type(size)
+    return np.where(array != 0, array.dtype.type(size), array.dtype.type(0))
 
 
 def cosine(share: float) -> float:
