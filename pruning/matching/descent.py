@@ -106,10 +106,11 @@ def _reach(array: Array) -> Array:
     Weights of one network differ a thousandfold in size, and one rate has to suit all. A bias that
     is zero has not been pruned, and may move.
     """
-    size = np.sqrt(np.mean(np.square(array[array != 0]))) if array.any() else 0.0
+    size = float(np.sqrt(np.mean(np.square(array[array != 0])))) if array.any() else 0.0
     if array.ndim == 1:
         return np.full_like(array, max(size, LEAST_BIAS))
-    return np.where(array != 0, array.dtype.type(size), array.dtype.type(0))
+    reach: Array = np.where(array != 0, array.dtype.type(size), array.dtype.type(0))
+    return reach
 
 
 def cosine(share: float) -> float:
