@@ -83,6 +83,11 @@ def constant_arrays(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
     return found
 
 
+def constant_sources(model: onnx.ModelProto) -> dict[str, str]:
+    """Value name -> name of the tensor in the file, for constants and Identity nodes of these."""
+    return {name: constant.name for name, constant in _constants(model.graph).items()}
+
+
 def attribute(node: Any, name: str, default: Any) -> Any:
     """The value of an ONNX attribute, or the default."""
     for item in node.attribute:

@@ -17,6 +17,7 @@ from topiarist.pruning.calibration import Arrays, Images
 from topiarist.pruning.cores import on_all_cores
 from topiarist.pruning.forward import chunks, run_chunks
 from topiarist.pruning.layers import WeightedLayer, attribute
+from topiarist.pruning.windows import padding, pair
 
 Array = NDArray[np.float64]
 
@@ -163,10 +164,10 @@ def unfold(
     if one_dimension:
         values = values[:, :, None]
     strides, dilations = (
-        _pair(attribute(layer.node, name, None), one_dimension) for name in ("strides", "dilations")
+        pair(attribute(layer.node, name, None), one_dimension) for name in ("strides", "dilations")
     )
     span = (dilations[0] * (height - 1) + 1, dilations[1] * (width - 1) + 1)
-    vertical, horizontal = _padding(layer, values.shape[2:], span, strides)
+    vertical, horizontal = padding(layer.node, values.shape[2:], span, strides)
     padded = np.pad(values, ((0, 0), (0, 0), vertical, horizontal))
     windows = np.lib.stride_tricks.sliding_window_view(padded, span, axis=(2, 3))
     windows = windows[
@@ -174,32 +175,6 @@ def unfold(
     ]  # [N, C, oh, ow, kh, kw]
     columns = windows.transpose(1, 4, 5, 0, 2, 3).astype(dtype, order="C")
     return columns.reshape(layer.groups, layer.weight[0].size, -1)
-
-
-def _pair(values: Any, one_dimension: bool) -> tuple[int, int]:
-    """An attribute of a convolution for two dimensions."""
-    if not values:
-        return 1, 1
-    return (1, values[0]) if one_dimension else (values[0], values[1])
-
-
-def _padding(
-    layer: WeightedLayer, size: Sequence[int], span: Sequence[int], strides: Sequence[int]
-) -> list[tuple[int, int]]:
-    """Zeros before and after, for height and width."""
-    automatic = attribute(layer.node, "auto_pad", b"NOTSET").decode()
-    if automatic == "VALID":
-        return [(0, 0), (0, 0)]
-    if automatic == "NOTSET":
-        pads = list(attribute(layer.node, "pads", None) or [0] * 4)
-        top, left, bottom, right = pads if len(pads) == 4 else (0, pads[0], 0, pads[1])
-        return [(top, bottom), (left, right)]
-    around = []
-    for length, reach, stride in zip(size, span, strides, strict=True):
-        total = max(0, (-(-length // stride) - 1) * stride + reach - length)
-        fewer, more = total // 2, total - total // 2
-        around.append((fewer, more) if automatic == "SAME_UPPER" else (more, fewer))
-    return around
 
 
 def _check(layer: WeightedLayer, moments: Moments) -> None:

@@ -1,0 +1,1 @@
+"""Fine-tuning towards the dense network's outputs, with NumPy alone."""
