@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from topiarist.compiler.cli_output import (
     say,
 )
 from topiarist.compiler.output_file import check_output, write_file
-from topiarist.errors import OutputError
+from topiarist.errors import OutputError, TrainingError
 from topiarist.targets import registry
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 
+_UNMATCHED = "note: outputs were not matched: {}"
 UNSTRUCTURED = "unstructured"
 FILTER = "filter"
 
@@ -52,6 +54,7 @@ class Guidance:
     batch: int | None
     latency_model: Path | None
     even: bool
+    matching_s: float
 
 
 @command
@@ -114,6 +117,13 @@ def prune(
     even: Annotated[
         bool, typer.Option("--even", help="The same level for every layer: for comparison.")
     ] = False,
+    matching: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long, at most, the outputs are matched to the dense network's; 0: not at all.",
+        ),
+    ] = 60.0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -124,6 +134,8 @@ def prune(
     the density of each layer, compile, time, and correct until the clock says so.
     """
     goals = _goals(speedup, latency, sweep)
+    if not 0 <= matching < math.inf:
+        raise ValueError(f"--matching takes seconds, got {matching}")
     patterns = tuple(pattern or ([UNSTRUCTURED, FILTER] if goals else [UNSTRUCTURED]))
     if calib is None:
         if goals:
@@ -151,6 +163,7 @@ def prune(
         batch=batch,
         latency_model=latency_model,
         even=even,
+        matching_s=matching,
     )
     with progress_bar(shown=not as_json) as progress:
         if density is not None:
@@ -266,6 +279,8 @@ def _prune_to_density(
         images,
         progress=lambda share: progress("reconstruct", round(100 * share), 100),
     )
+    if guidance.matching_s:
+        pruned = _matched(loaded, pruned, images, guidance.matching_s, progress)
     write_file(output, pruned.SerializeToString())
     measured = _Accuracies(model, guidance, images).of(pruned)
     if as_json:
@@ -281,6 +296,21 @@ def _prune_to_density(
     )
     say(_accuracy_text(measured))
     say(f"wrote {output}")
+
+
+def _matched(dense: Any, pruned: Any, images: Images, seconds: float, progress: Progress) -> Any:
+    """The pruned network with outputs nearer to the dense one's, where they have gradients."""
+    from topiarist.pruning.matching.match import Recipe, match_outputs
+
+    recipe = Recipe(seconds=seconds)
+    try:
+        return match_outputs(
+            *(dense, pruned, images, recipe),
+            progress=lambda share: progress("match outputs", round(100 * share), 100),
+        )
+    except TrainingError as error:
+        complain(_UNMATCHED.format(error))
+        return pruned
 
 
 class _Accuracies:
@@ -352,6 +382,7 @@ def _prune_to_goals(
         batch=guidance.batch,
         channels=guidance.channels,
         even=guidance.even,
+        matching_s=guidance.matching_s,
         progress=progress,
     )
     reach = pruner.reach
@@ -371,6 +402,8 @@ def _prune_to_goals(
         asked = goal.speedup or found.speedup[0]
         points.append(SweepPoint(asked, found.run_us, accuracy.share, str(goal)))
         documents.append(_document(found, accuracy, path))
+        if found.unmatched:
+            complain(_UNMATCHED.format(found.unmatched))
         if not as_json:
             _print_guided(found, accuracy, path)
     if family:

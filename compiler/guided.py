@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 
+from topiarist.compiler.choose import Advice
 from topiarist.compiler.contest import TOLERANCE, Attempt, Contest, Round
 from topiarist.compiler.frontend import load_onnx
 from topiarist.compiler.manifest import Manifest
@@ -26,13 +27,14 @@ from topiarist.compiler.model_files import Source
 from topiarist.compiler.output_file import write_file
 from topiarist.compiler.prunable import Proposal, Prunable
 from topiarist.compiler.timed_builds import TimedBuilds
-from topiarist.errors import BudgetError
+from topiarist.errors import BudgetError, TrainingError
 from topiarist.pruning.calibration import Images
 from topiarist.pruning.channel_cuts import ChannelCuts
 from topiarist.pruning.database import Database, build_database, make_folder
 from topiarist.pruning.layers import weighted_layers
 from topiarist.pruning.level import DENSE, Level
 from topiarist.pruning.level_errors import level_errors
+from topiarist.pruning.matching.match import Recipe, match_outputs
 from topiarist.pruning.output_error import OutputError
 from topiarist.pruning.stitch import stitch
 from topiarist.targets.spec import TargetSpec
@@ -40,6 +42,7 @@ from topiarist.targets.spec import TargetSpec
 BUILDS = 3  # of reconstructed networks, at most: their times may differ from those of a round
 TRIED_IMAGES = 128  # that a choice is reconstructed from to be compared
 CONTEST_IMAGES = 256  # others, on which it is compared
+MATCHING_S = 60.0
 CUTS = (0.2, 0.35, 0.5)  # shares of the time that channels are cut out for, before zeros
 
 Progress = Callable[[str, int, int], None]
@@ -103,7 +106,8 @@ class Guided:
 
     `speedup` is the median of ratios to the dense build, timed in turns, with its 95 % interval.
     `way` says what was done, `cut` the share of time that was cut out with channels, `density` the
-    share of nonzeros that is left in all layers that could be pruned.
+    share of nonzeros that is left in all layers that could be pruned. `unmatched` is why the outputs
+    were not matched, if they were to be.
     """
 
     goal: Goal
@@ -116,6 +120,7 @@ class Guided:
     density: float
     layers: tuple[GuidedLayer, ...]
     rounds: tuple[Round, ...]
+    unmatched: str = ""
 
     @property
     def distance(self) -> float:
@@ -138,7 +143,8 @@ class GuidedPruner:
 
     `folder` keeps the dense bundle, networks with channels cut out (only with `channels`), the
     timings, and the pruned bundle `pruned.topi`. With `even` every layer of the whole network
-    gets the same level: the baseline.
+    gets the same level: the baseline. The outputs of what is pruned are matched for about
+    `matching_s` seconds.
     """
 
     def __init__(
@@ -154,6 +160,7 @@ class GuidedPruner:
         batch: int | None = None,
         channels: bool = False,
         even: bool = False,
+        matching_s: float = MATCHING_S,
         progress: Progress = lambda stage, done, total: None,
     ) -> None:
         self.onnx = load_onnx(model)
@@ -163,6 +170,7 @@ class GuidedPruner:
         self.folder = folder
         self.threads = threads
         self.batch = batch
+        self.matching_s = matching_s
         self.progress = progress
         self.outputs = OutputError(self.onnx, images, CONTEST_IMAGES)
         whole = self._prunable(model, self.onnx, database, 0.0)
@@ -202,14 +210,16 @@ class GuidedPruner:
         reaching = [n for n in self.networks if n.least_us * (1 - TOLERANCE) <= wanted_us]
         error_of = self._error if len(reaching) > 1 else (lambda network, proposal: 0.0)
         contest = Contest(reaching, wanted_us, self.builds, error_of)
-        found: list[Guided] = []
+        found: list[tuple[Guided, Attempt]] = []
         while True:
             attempt = contest.winner()
             pruned, manifest = self._finish(goal, attempt, contest.rounds)
-            found.append(pruned)
+            found.append((pruned, attempt))
             if pruned.reached or len(found) == BUILDS:
-                return min(found, key=lambda one: one.distance)
+                break
             contest.correct(attempt, manifest, pruned.run_us)
+        pruned, attempt = min(found, key=lambda one: one[0].distance)
+        return self._matched(pruned, attempt.advice) if self.matching_s else pruned
 
     def _error(self, network: Prunable, proposal: Proposal) -> float:
         """Of the outputs for other images with these levels, reconstructed from a few."""
@@ -244,6 +254,21 @@ class GuidedPruner:
             rounds=tuple(rounds),
         )
         return found, manifest
+
+    def _matched(self, found: Guided, advice: Advice) -> Guided:
+        """With outputs nearer to the dense network's; zeros stay, and so does the time."""
+        try:
+            model = match_outputs(
+                self.onnx,
+                found.model,
+                self.images,
+                Recipe(seconds=self.matching_s),
+                progress=lambda share: self.progress("match outputs", round(100 * share), 100),
+            )
+        except TrainingError as error:
+            return replace(found, unmatched=str(error))
+        self.builds.build(model, "pruned", advice)
+        return replace(found, model=model)
 
     def _cut_networks(self, whole: Prunable) -> Iterator[Prunable]:
         """Copies without some channels, calibrated as the whole network is."""

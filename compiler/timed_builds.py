@@ -67,16 +67,17 @@ class TimedBuilds:
         return others_us / (layers_us + others_us)
 
     def timed(self, model: onnx.ModelProto, name: str, advice: Advice) -> tuple[Manifest, Ratio]:
-        """The network compiled from few candidates, and the dense build's time over its time.
-
-        It lies in the folder as `name`.onnx and `name`.topi.
-        """
-        path = self.folder / f"{name}.onnx"
-        write_file(path, model.SerializeToString())
-        bundle = self._compile(path, f"{name}.topi", advice=advice)
+        """The network compiled from few candidates, and the dense build's time over its time."""
+        bundle = self.build(model, name, advice)
         self.progress("time", 0, 1)
         dense, ours = _in_turns([self._dense_bundle, bundle], self.threads)
         return read_manifest(bundle), ratio_interval(dense, ours)
+
+    def build(self, model: onnx.ModelProto, name: str, advice: Advice) -> Path:
+        """The network compiled from few candidates, in the folder as `name`.onnx and `name`.topi."""
+        path = self.folder / f"{name}.onnx"
+        write_file(path, model.SerializeToString())
+        return self._compile(path, f"{name}.topi", advice=advice)
 
     def _compile(
         self, model: Path, name: str, *, dense: bool = False, advice: Advice | None = None
