@@ -121,7 +121,7 @@ def prune(
         float,
         typer.Option(
             metavar="SECONDS",
-            help="How long, at most, the outputs are matched to the dense network's; 0: not at all.",
+            help="How long, at most, the outputs are brought near to the dense network's.",
         ),
     ] = 60.0,
     as_json: Json = False,

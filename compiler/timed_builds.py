@@ -74,7 +74,7 @@ class TimedBuilds:
         return read_manifest(bundle), ratio_interval(dense, ours)
 
     def build(self, model: onnx.ModelProto, name: str, advice: Advice) -> Path:
-        """The network compiled from few candidates, in the folder as `name`.onnx and `name`.topi."""
+        """The network compiled from few candidates: `name`.onnx and `name`.topi in the folder."""
         path = self.folder / f"{name}.onnx"
         write_file(path, model.SerializeToString())
         return self._compile(path, f"{name}.topi", advice=advice)
