@@ -106,8 +106,8 @@ class Guided:
 
     `speedup` is the median of ratios to the dense build, timed in turns, with its 95 % interval.
     `way` says what was done, `cut` the share of time that was cut out with channels, `density` the
-    share of nonzeros that is left in all layers that could be pruned. `unmatched` is why outputs were
-    not matched, if they were to be.
+    share of nonzeros that is left in all layers that could be pruned. `unmatched` is why outputs
+    were not matched, if they were to be.
     """
 
     goal: Goal
