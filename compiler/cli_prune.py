@@ -437,6 +437,7 @@ def _document(found: Guided, accuracy: Accuracy, path: Path) -> dict[str, Any]:
         "way": found.way,
         "cut": found.cut,
         "density": found.density,
+        "unmatched": found.unmatched,
         "accuracy": asdict(accuracy),
         "rounds": [asdict(one) for one in found.rounds],
         "layers": [asdict(layer) for layer in found.layers],
