@@ -40,8 +40,7 @@ from topiarist.pruning.stitch import stitch
 from topiarist.targets.spec import TargetSpec
 
 BUILDS = 3  # of reconstructed networks, at most: their times may differ from those of a round
-TRIED_IMAGES = 128  # that a choice is reconstructed from to be compared with others
-CONTEST_IMAGES = 256  # others, on which it is compared
+CONTEST_IMAGES = 256  # to reconstruct what is compared, and others to compare it on
 MATCHING_S = 60.0
 CUTS = (0.2, 0.35, 0.5)  # shares of the time that channels are cut out for, before zeros
 
@@ -173,7 +172,6 @@ class GuidedPruner:
         self.matching_s = matching_s
         self.progress = progress
         self.outputs = OutputError(self.onnx, images, CONTEST_IMAGES)
-        self._gains: dict[Prunable, float] = {}
         whole = self._prunable(model, self.onnx, database, 0.0)
         networks = [whole, *self._cut_networks(whole)] if channels and not even else [whole]
         self.builds = TimedBuilds(
@@ -223,22 +221,10 @@ class GuidedPruner:
         return self._matched(pruned, attempt.advice) if self.matching_s else pruned
 
     def _error(self, network: Prunable, proposal: Proposal) -> float:
-        """Of the outputs for other images with these levels, reconstructed from all that serve.
-
-        Few are tried; how much more of them bring, which is more for a network with more weights
-        left, is found out once for each network.
-        """
+        """Of the outputs for other images with these levels, reconstructed from a few."""
         self.progress("try on images", 0, 1)
-
-        def error(images: Images) -> float:
-            levels = proposal.allocation.levels
-            return self.outputs.of(stitch(network.model, network.database, levels, images))
-
-        found = error(self.images.first(TRIED_IMAGES))
-        if network not in self._gains:
-            more = len(self.images) > TRIED_IMAGES
-            self._gains[network] = error(self.images) / found if more and found else 1.0
-        return found * self._gains[network]
+        few, levels = self.images.first(CONTEST_IMAGES), proposal.allocation.levels
+        return self.outputs.of(stitch(network.model, network.database, levels, few))
 
     def _finish(
         self, goal: Goal, attempt: Attempt, rounds: Sequence[Round]

@@ -40,6 +40,7 @@ from topiarist.schedules.workload import SparsitySignature
 from topiarist.targets.spec import TargetSpec
 
 ROUNDING = 1e-9
+LEFT = 0.7  # power: of what no layer explains, the rest is taken for noise
 LEAST_GAIN = 0.05  # of a layer's time; less could be noise and is not worth its error
 
 Zeros = Mapping[str, Mapping[Level, SparsitySignature]]
@@ -190,7 +191,7 @@ class Prunable:
         return self.corrections is other.corrections
 
     def correct(self, proposal: Proposal, manifest: Manifest, run_us: float) -> None:
-        """Make the price of what was compiled the measured one, and those of its layers nearly."""
+        """Bring the price of what was compiled near the measured one, and those of its layers."""
         levels = proposal.allocation.levels
         self._learn(proposal.plan, levels, manifest, run_us)
         self._left = 1.0
@@ -200,7 +201,7 @@ class Prunable:
             for option in layer.options
             if option.level == levels[layer.layer]
         )
-        self._left = (run_us - self.rest_us) / (expected_us - self.rest_us)
+        self._left = ((run_us - self.rest_us) / (expected_us - self.rest_us)) ** LEFT
 
     def correct_dense(self, manifest: Manifest, run_us: float) -> None:
         """What its layers take in the dense build, in whatever layouts."""

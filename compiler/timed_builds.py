@@ -21,7 +21,7 @@ from topiarist.compiler.parts import Parts
 from topiarist.compiler.pipeline import compile_model
 from topiarist.targets.spec import TargetSpec
 
-BENCH_S = 3.0
+BENCH_S = 2.0
 
 Progress = Callable[[str, int, int], None]
 
