@@ -1,10 +1,10 @@
 """Which way of pruning a network loses least at a latency: timed first, compared then.
 
 A network with more or fewer channels, and one level for all layers, are priced by the same latency
-model, but what it gets wrong differs from one to the next. So each is compiled and timed once, for
-whatever latency was asked for first, and then the outputs are compared at the levels that corrected
-prices allow. The one that is nearest to the dense network's outputs is timed again, until it is the
-one that takes what was asked for.
+model, but what it gets wrong differs from one to the next, and from one latency to another. So each
+is compiled and timed once, and then the outputs are compared at the levels that corrected prices
+allow. The one that is nearest to the dense network's outputs is timed again, until it is the one
+that takes what was asked for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from topiarist.compiler.timed_builds import TimedBuilds
 
 TOLERANCE = 0.03  # of the latency asked for
 ROUNDS = 6  # of compiling and timing, at most, once each entrant was timed
-HOPELESS = 1.6  # times the least error, at prices that nothing was measured for yet
+HOPELESS = 1.6  # times the least error, at prices not yet corrected for this latency
 TIE = 1.03  # times the least error: images can't tell such networks apart
 
 ErrorOf = Callable[[Prunable, Proposal], float]
@@ -86,7 +86,7 @@ class Contest:
         """What loses least of all that takes as long; the nearest to that after ROUNDS."""
         limit = HOPELESS * min(entrant.error for entrant in self._entrants)
         for entrant in self._entrants:
-            if entrant.error <= limit and not entrant.network.was_timed:
+            if entrant.error <= limit and not self._was_timed(entrant):
                 self._time(entrant)
         while True:
             best = self._leader()
@@ -105,6 +105,11 @@ class Contest:
         """What the winner took when it was built again, if that is not what was asked for."""
         entrant = next(one for one in self._entrants if one.network is attempt.network)
         self._correct(entrant, attempt.proposal, manifest, run_us)
+
+    def _was_timed(self, entrant: _Entrant) -> bool:
+        """Whether it was, or another way of pruning the same network."""
+        timed = [one.network for one in self._entrants if one.attempts]
+        return any(entrant.network.shares_prices(network) for network in timed)
 
     def _leader(self) -> _Entrant:
         """What loses least, or as good as that without timing anything again."""

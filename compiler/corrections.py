@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from topiarist.pruning.level import DENSE, Level
+from topiarist.pruning.level import Level
 
 NEAR = 0.5  # in the logarithm of density: what is so far away counts 1 / e
 DOUBT = 0.5  # measurements of a layer that the typical factor counts for
@@ -48,11 +48,6 @@ class Corrections:
             sums = self._sums[one.level.pattern]
             sums[0] += one.run_us
             sums[1] += one.price_us
-
-    @property
-    def know_zeros(self) -> bool:
-        """Whether any layer was measured with zeros."""
-        return any(pattern != DENSE.pattern for pattern in self._sums)
 
     def factor(self, layer: str, level: Level) -> float:
         """By what a price is to be multiplied."""

@@ -181,11 +181,6 @@ class Prunable:
     def _factor(self, layer: str, level: Level) -> float:
         return self.scale * self._left * self.corrections.factor(layer, level)
 
-    @property
-    def was_timed(self) -> bool:
-        """Whether anything is known of what its layers take with zeros."""
-        return self.corrections.know_zeros
-
     def shares_prices(self, other: Prunable) -> bool:
         """Whether what is measured of one of them corrects the prices of the other."""
         return self.corrections is other.corrections

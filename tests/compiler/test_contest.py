@@ -31,7 +31,6 @@ class Way:
     least_density: float = 0.1
     wrong: float = 1.0
     mends: bool = True
-    was_timed: bool = False
     prices: str = ""
 
     @property
@@ -53,10 +52,9 @@ class Way:
         return self, levels["a"].density
 
     def shares_prices(self, other: Way) -> bool:
-        return bool(self.prices) and self.prices == other.prices
+        return self is other or (bool(self.prices) and self.prices == other.prices)
 
     def correct(self, proposal: Proposal, manifest: Any, run_us: float) -> None:
-        self.was_timed = True
         if self.mends:
             self.wrong *= run_us / proposal.expected_us
 
@@ -131,7 +129,6 @@ def test_after_so_many_rounds_it_is_the_nearest(monkeypatch: pytest.MonkeyPatch)
     factors = iter([1.3 / 0.9, 0.9 / 1.3] * ROUNDS)
 
     def correct(proposal: Proposal, manifest: Any, run_us: float) -> None:
-        way.was_timed = True
         way.wrong *= next(factors)
 
     monkeypatch.setattr(way, "correct", correct)
@@ -153,20 +150,13 @@ def test_the_final_build_may_take_something_else() -> None:
     assert len(clock.timed_ways) == 2
 
 
-def test_what_another_latency_has_corrected_is_timed_only_if_it_leads() -> None:
-    ways = [Way("good", 1.0, 0.6), Way("known", 1.3, 1.0, wrong=1.3, was_timed=True)]
-    held, clock = hold(ways)
-    assert held.winner().network.way == "good"
-    assert clock.timed_ways == ["good"]
-
-
 def test_what_is_learned_of_one_way_is_proposed_in_the_other() -> None:
     """Both know the same prices, so the second one need not be timed to be compared."""
     ways = [Way("guided", 1.5, 1.0, prices="a"), Way("even", 1.5, 1.1, prices="a")]
 
     def correct(proposal: Proposal, manifest: Any, run_us: float) -> None:
         for way in ways:
-            way.was_timed, way.wrong = True, 1.5
+            way.wrong = 1.5
 
     for way in ways:
         way.correct = correct  # type: ignore[method-assign]

@@ -15,7 +15,6 @@ FEW, MANY = Level("unstructured", 0.05), Level("unstructured", 0.5)
 def test_nothing_known_changes_nothing() -> None:
     corrections = Corrections(1000.0)
     assert corrections.factor("a", FEW) == 1
-    assert not corrections.know_zeros
 
 
 def test_a_measurement_counts_the_more_the_nearer_its_density_is() -> None:
@@ -29,7 +28,6 @@ def test_a_measurement_counts_the_more_the_nearer_its_density_is() -> None:
     assert 2 > same > near > far > 1
     assert corrections.factor("a", Level("block4x1", 0.05)) == pytest.approx(1)
     assert corrections.factor("a", DENSE) == 1
-    assert corrections.know_zeros
 
 
 def test_other_levels_have_other_factors() -> None:
@@ -48,7 +46,6 @@ def test_what_most_layers_take_counts_for_the_others() -> None:
     few = Corrections(1000.0)
     few.learn({"stem": Measured(DENSE, 20.0, 10.0)})
     assert few.factor("another", DENSE) == pytest.approx(1, rel=0.05)
-    assert not few.know_zeros
 
 
 def test_a_layer_that_took_no_time_teaches_nothing() -> None:

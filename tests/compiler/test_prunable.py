@@ -130,13 +130,11 @@ def test_the_sum_is_corrected_at_once_and_single_layers_by_and_by(network: Pruna
         found = {layer.layer: layer.at(levels[layer.layer]) for layer in options}
         return {name: option.run_us for name, option in found.items() if option is not None}
 
-    assert not way.was_timed
     ratios = []
     for _ in range(3):
         way.correct(proposal, manifest, sum(taken.values()))
         assert sum(now().values()) == pytest.approx(sum(taken.values()) - 100, rel=0.1)
         ratios.append(now()["two"] / now()["one"])
-    assert way.was_timed
     assert priced["two"] / priced["one"] < ratios[0] < ratios[1] < ratios[2]
     assert ratios[2] == pytest.approx(taken["two"] / taken["one"], rel=0.15)
 
