@@ -88,8 +88,7 @@ def prune(
         list[str] | None,
         typer.Option(
             help="unstructured, block4x1, block8x1, block16x1, filter, N:M such as 2:4, kernel4 "
-            "(of a 3x3); with --speedup, --latency and --sweep repeatable, to choose between. "
-            "Default: unstructured, and for those filter as well."
+            "(of a 3x3); with --speedup, --latency and --sweep repeatable, to choose between."
         ),
     ] = None,
     layer_density: Annotated[
@@ -123,7 +122,7 @@ def prune(
             metavar="SECONDS",
             help="How long, at most, the outputs are brought near to the dense network's.",
         ),
-    ] = 60.0,
+    ] = 100.0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -136,7 +135,7 @@ def prune(
     goals = _goals(speedup, latency, sweep)
     if not 0 <= matching < math.inf:
         raise ValueError(f"--matching takes seconds, got {matching}")
-    patterns = tuple(pattern or ([UNSTRUCTURED, FILTER] if goals else [UNSTRUCTURED]))
+    patterns = tuple(pattern or [UNSTRUCTURED])
     if calib is None:
         if goals:
             raise ValueError("--speedup, --latency and --sweep need --calib with some images")
@@ -229,9 +228,9 @@ def parse_layer_density(text: str) -> tuple[str, float]:
 
 
 def _calibrated(model: Path, guidance: Guidance, progress: Progress) -> tuple[Database, Images]:
-    """The reconstruction of the model's layers, made or taken from the work folder."""
+    """The reconstruction of the model's layers, made or taken from the work folder; all images."""
     from topiarist.compiler.frontend import load_onnx
-    from topiarist.pruning.calibration import load_images
+    from topiarist.pruning.calibration import MOST, load_images
     from topiarist.pruning.database import build_database
     from topiarist.pruning.removal import CRITERIA
 
@@ -242,7 +241,7 @@ def _calibrated(model: Path, guidance: Guidance, progress: Progress) -> tuple[Da
     images = load_images(guidance.calib, loaded)
     database = build_database(
         loaded,
-        images,
+        images.first(MOST),
         guidance.work / "calibration",
         patterns=guidance.patterns,
         criterion=criterion,
@@ -261,6 +260,7 @@ def _prune_to_density(
 ) -> None:
     """The level that is nearest to the density, in every layer."""
     from topiarist.compiler.frontend import load_onnx
+    from topiarist.pruning.calibration import MOST
     from topiarist.pruning.stitch import stitch
 
     if not 0 < density <= 1:
@@ -276,7 +276,7 @@ def _prune_to_density(
         loaded,
         database,
         choice,
-        images,
+        images.first(MOST),
         progress=lambda share: progress("reconstruct", round(100 * share), 100),
     )
     if guidance.matching_s:

@@ -28,7 +28,7 @@ from topiarist.compiler.output_file import write_file
 from topiarist.compiler.prunable import Proposal, Prunable
 from topiarist.compiler.timed_builds import TimedBuilds
 from topiarist.errors import BudgetError, TrainingError
-from topiarist.pruning.calibration import Images
+from topiarist.pruning.calibration import MOST, Images
 from topiarist.pruning.channel_cuts import ChannelCuts
 from topiarist.pruning.database import Database, build_database, make_folder
 from topiarist.pruning.layers import weighted_layers
@@ -41,7 +41,7 @@ from topiarist.targets.spec import TargetSpec
 
 BUILDS = 3  # of reconstructed networks, at most: their times may differ from those of a round
 CONTEST_IMAGES = 256  # to reconstruct what is compared, and others to compare it on
-MATCHING_S = 60.0
+MATCHING_S = 100.0
 CUTS = (0.2, 0.35, 0.5)  # shares of the time that channels are cut out for, before zeros
 
 Progress = Callable[[str, int, int], None]
@@ -142,8 +142,8 @@ class GuidedPruner:
 
     `folder` keeps the dense bundle, networks with channels cut out (only with `channels`), the
     timings, and the pruned bundle `pruned.topi`. With `even` every layer of the whole network
-    gets the same level: the baseline. The outputs of what is pruned are matched for about
-    `matching_s` seconds.
+    gets the same level: the baseline. What is pruned is matched to the dense network for at most
+    `matching_s` seconds, by all `images`; layers are reconstructed from the first of them.
     """
 
     def __init__(
@@ -163,7 +163,8 @@ class GuidedPruner:
         progress: Progress = lambda stage, done, total: None,
     ) -> None:
         self.onnx = load_onnx(model)
-        self.images = images
+        self.images = images.first(MOST)
+        self.all_images = images
         self.target = target
         self.pricer = source.pricer
         self.folder = folder
@@ -260,7 +261,7 @@ class GuidedPruner:
             model = match_outputs(
                 self.onnx,
                 found.model,
-                self.images,
+                self.all_images,
                 Recipe(seconds=self.matching_s),
                 progress=lambda share: self.progress("match outputs", round(100 * share), 100),
             )

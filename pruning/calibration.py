@@ -17,6 +17,7 @@ from topiarist.errors import CalibrationError
 Arrays = dict[str, NDArray[Any]]
 
 LABELS = "labels"
+MOST = 1024  # that layers are reconstructed from: more take longer, and hardly make them better
 FEWEST = 4  # images; below that every statistic of a channel is noise
 
 

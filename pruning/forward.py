@@ -56,9 +56,10 @@ def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProt
     return copy
 
 
-def open_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session; ModelError if it doesn't take the model."""
+def open_session(model: onnx.ModelProto, threads: int = 0) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on all cores, or so many; ModelError if it doesn't take the model."""
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others work too
     try:

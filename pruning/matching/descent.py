@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +12,7 @@ from topiarist.pruning.calibration import Arrays
 from topiarist.pruning.cores import on_all_cores
 from topiarist.pruning.matching.call import Array
 from topiarist.pruning.matching.network import Network
+from topiarist.pruning.matching.teacher import Teacher
 
 MEAN_DECAY, SQUARE_DECAY = 0.9, 0.999  # as Adam's authors have them
 _LEAST = 1e-8
@@ -21,24 +21,15 @@ LEAST_BIAS = 0.1  # biases of zero have no size to go by
 Line = NDArray[np.float32]
 
 
-@dataclass(frozen=True, eq=False)
-class Portion:
-    """Some images of a batch, and the outputs that are wanted for them."""
-
-    inputs: Arrays
-    wanted: Sequence[Array]
-
-
 class Descent:
-    """Moves parameters so that outputs come near to the wanted ones; zeros stay zeros.
+    """Moves parameters so that a network's outputs come near to the teacher's; zeros stay zeros.
 
-    `weights` are the factors of the outputs' mean squared differences. The networks are the same,
-    one for each core; their gradients are summed in a fixed order.
+    The networks are the same, one for each core; their gradients are summed in a fixed order.
     """
 
-    def __init__(self, networks: Sequence[Network], weights: Sequence[float]) -> None:
+    def __init__(self, networks: Sequence[Network], teacher: Teacher) -> None:
         self._networks = networks
-        self._weights = weights
+        self._teacher = teacher
         start = networks[0].parameters
         ends = np.cumsum([array.size for array in start.values()]).tolist()
         self._places = {
@@ -55,9 +46,9 @@ class Descent:
         """As they are now, by name."""
         return {name: self._line[place].reshape(s) for name, (place, s) in self._places.items()}
 
-    def step(self, portions: Sequence[Portion], rate: float) -> float:
-        """One step for a batch; returns its loss."""
-        count = sum(len(portion.wanted[0]) for portion in portions)
+    def step(self, portions: Sequence[Arrays], rate: float) -> float:
+        """One step for a batch in portions; returns its loss."""
+        count = sum(map(_images, portions))
         shares = [portions[i :: len(self._networks)] for i in range(len(self._networks))]
 
         def gradient(number: int) -> tuple[Line, float]:
@@ -73,18 +64,20 @@ class Descent:
         return loss
 
     def _gradient(
-        self, network: Network, portions: Sequence[Portion], count: int
+        self, network: Network, portions: Sequence[Arrays], count: int
     ) -> tuple[Line, float]:
         """The share of some portions in the gradient and in the loss of a batch."""
         total, loss, parameters = np.zeros_like(self._line), 0.0, self.parameters
         for portion in portions:
-            outputs, pull = network.run(portion.inputs, parameters)
+            said = self._teacher.says(portion)
+            outputs, pull = network.run(portion, parameters)
             slopes = []
-            for found, wanted, weight in zip(outputs, portion.wanted, self._weights, strict=True):
-                missing = found - wanted
-                scale = weight * len(missing) / (count * missing.size)
+            for found, wanted, weight in zip(outputs, said, self._teacher.weights, strict=True):
+                missing = np.subtract(found, wanted, out=wanted)
+                scale = weight * _images(portion) / (count * missing.size)
                 loss += scale * float(np.vdot(missing, missing))
-                slopes.append(missing * missing.dtype.type(2 * scale))
+                missing *= missing.dtype.type(2 * scale)
+                slopes.append(missing)
             for name, array in pull(slopes).items():
                 total[self._places[name][0]] += array.reshape(-1)
         return total, loss
@@ -98,6 +91,10 @@ class Descent:
         whole = 1 - MEAN_DECAY**self._steps, 1 - SQUARE_DECAY**self._steps
         deviation = np.sqrt(self._square / np.float32(whole[1])) + np.float32(_LEAST)
         self._line -= np.float32(rate / whole[0]) * self._reach * self._mean / deviation
+
+
+def _images(portion: Arrays) -> int:
+    return len(next(iter(portion.values())))
 
 
 def _reach(array: Array) -> Array:
@@ -116,13 +113,3 @@ def _reach(array: Array) -> Array:
 def cosine(share: float) -> float:
     """The factor of the rate after this share of all steps: 1 to 0."""
     return 0.5 * (1 + math.cos(math.pi * share))
-
-
-def flipped(arrays: Mapping[str, Array], which: NDArray[np.bool_]) -> Arrays:
-    """Copies in which some of the images are mirrored, left to right."""
-    found = {}
-    for name, array in arrays.items():
-        found[name] = array.copy()
-        if array.ndim == 4:
-            found[name][which] = array[which][..., ::-1]
-    return found

@@ -11,16 +11,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks.bench_pruning import FILES, _images, _pixels
+from tests.benchmarks.bench_pruning import FILES, _images
 from tests.benchmarks.measure import ROOT, setting
 from tests.benchmarks.networks import SHARED
 from topiarist.pruning.accuracy import predicted_classes
-from topiarist.pruning.calibration import check_images
+from topiarist.pruning.calibration import MOST
 from topiarist.pruning.database import build_database
 from topiarist.pruning.level import levels_of
 from topiarist.pruning.matching.match import Recipe, match_outputs
@@ -52,12 +51,21 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=[Recipe.steps])
     parser.add_argument("--rate", type=float, default=Recipe.rate)
     parser.add_argument("--batch", type=int, default=Recipe.batch)
-    parser.add_argument("--straight", action="store_true", help="mirror no images")
+    parser.add_argument("--inside", type=float, default=Recipe.inside)
+    parser.add_argument("--straight", action="store_true", help="neither mirror nor move images")
+    parser.add_argument("--images", type=int, help="so many; default: all that are not held out")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "benchmarks" / "pruning")
     parser.add_argument("--json", type=Path, help="write the results here")
     opts = parser.parse_args()
     recipes = [
-        Recipe(steps=steps, batch=opts.batch, rate=opts.rate, mirror=not opts.straight)
+        Recipe(
+            steps=steps,
+            batch=opts.batch,
+            rate=opts.rate,
+            inside=opts.inside,
+            mirror=not opts.straight,
+            shift=0.0 if opts.straight else Recipe.shift,
+        )
         for steps in opts.steps
     ]
     rows = list(_rows(opts, recipes))
@@ -69,9 +77,9 @@ def main() -> None:
 
 def _rows(opts: argparse.Namespace, recipes: list[Recipe]) -> Iterator[Row]:
     dense = onnx.load(SHARED / FILES[NETWORK])
-    calibration, test = _images(NETWORK, dense)
-    pixels = np.load(SHARED / "cifar10_train5000.npz")["images"][-HELD_OUT:]
-    held = check_images(dense, {dense.graph.input[0].name: _pixels(pixels, scale=True)})
+    images, test = _images(NETWORK, dense)
+    calibration = images.first(min(opts.images or len(images), len(images) - HELD_OUT))
+    held = images.after(len(images) - HELD_OUT)
     error, classes = OutputError(dense, held, HELD_OUT), predicted_classes(dense, held)
     right = (predicted_classes(dense, test) == test.labels).mean()
 
@@ -96,11 +104,12 @@ def _networks(opts, dense, calibration) -> Iterator[tuple[str, onnx.ModelProto]]
         return
     folder = opts.work / NETWORK / "calibration"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    database = build_database(dense, calibration, folder)
+    few = calibration.first(MOST)
+    database = build_database(dense, few, folder)
     for density in opts.densities:
         level = min(levels_of("unstructured"), key=lambda one: abs(one.density - density))
         choice = dict.fromkeys(database.layers, level)
-        yield f"{level.density:.1%}", stitch(dense, database, choice, calibration)
+        yield f"{level.density:.1%}", stitch(dense, database, choice, few)
 
 
 def _table(rows: list[Row]) -> Table:

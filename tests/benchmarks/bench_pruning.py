@@ -26,14 +26,13 @@ from topiarist.compiler.pipeline import compile_model
 from topiarist.compiler.prunable import Prunable
 from topiarist.errors import BudgetError, TopiaristError
 from topiarist.pruning.accuracy import Accuracy, predicted_classes
-from topiarist.pruning.calibration import Images, check_images
+from topiarist.pruning.calibration import MOST, Images, check_images
 from topiarist.pruning.database import build_database
 from topiarist.pruning.layers import weighted_layers
 from topiarist.pruning.level_errors import level_errors
 from topiarist.targets import registry
 
 GOALS = (1.5, 2.0, 3.0)
-CALIBRATION = 1024
 BASELINE_S = 12.0
 WIDTH = 110
 CROPS = 16  # of each photograph, half of them to calibrate with
@@ -72,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=[*FILES, *SHAPES], default=[*FILES, *SHAPES])
     parser.add_argument("--goals", nargs="+", type=float, default=GOALS)
+    parser.add_argument("--channels", action="store_true", help="cut some out before, too")
     parser.add_argument("--model", type=Path, help="the latency model; default: the user's")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "benchmarks" / "pruning")
     parser.add_argument("--json", type=Path, help="write the results here")
@@ -83,8 +83,13 @@ def main() -> None:
         if name in FILES and not (SHARED / FILES[name]).exists():
             console.print(f"{name}: needs {FILES[name]}")
             continue
-        make = _compiled if name in FILES else _by_price
-        for row in make(name, opts.goals, source, opts.work / name):
+        folder = opts.work / name
+        found = (
+            _compiled(name, opts.goals, source, folder, opts.channels)
+            if name in FILES
+            else _by_price(name, opts.goals, source, folder)
+        )
+        for row in found:
             rows.append(row)
             if opts.json:  # each row takes minutes
                 document = {**setting(), "source": source.name, "rows": [asdict(r) for r in rows]}
@@ -96,19 +101,21 @@ def _source(model: Path | None) -> Source:
     return open_source(registry.get(registry.HOST), 1, model)
 
 
-def _compiled(name: str, goals: list[float], source: Source, folder: Path) -> Iterator[Row]:
+def _compiled(
+    name: str, goals: list[float], source: Source, folder: Path, channels: bool
+) -> Iterator[Row]:
     """Guided and even, with measured times and what they lose."""
     path = SHARED / FILES[name]
     model = onnx.load(path)
     calibration, test = _images(name, model)
-    database = build_database(model, calibration, folder / "calibration")
+    database = build_database(model, calibration.first(MOST), folder / "calibration")
     classes = predicted_classes(model, test)
     dense = Accuracy.of(classes, classes, test.labels).share
     others: dict[str, float] = {}
     for way in ("guided", "even"):
         pruner = GuidedPruner(
             *(path, database, calibration, registry.get(registry.HOST), source, folder),
-            channels=True,
+            channels=channels,
             even=way == "even",
         )
         others = others or _others(path, folder)
@@ -174,7 +181,7 @@ def _images(name: str, model: onnx.ModelProto) -> tuple[Images, Images]:
         halves = crops[: len(crops) // 2], crops[len(crops) // 2 :]
         calibration, test = (check_images(model, {data: half}) for half in halves)
         return calibration, test
-    train = np.load(SHARED / "cifar10_train5000.npz")["images"][:CALIBRATION]
+    train = np.load(SHARED / "cifar10_train5000.npz")["images"]
     tested = np.load(SHARED / "cifar10_test500.npz")
     scale = name == "resnet20"
     calibration = check_images(model, {data: _pixels(train, scale=scale)})
