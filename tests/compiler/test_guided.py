@@ -31,6 +31,7 @@ from topiarist.targets import registry
 from topiarist.tuning_logs.record import MeasureInput
 
 IMAGES = 24
+MATCHING_S = 0.5
 
 
 def small_network(path: Path) -> Path:
@@ -180,6 +181,7 @@ def _pruner(
         registry.get("host"),
         Source(machine, "an invention"),
         folder,
+        matching_s=MATCHING_S,
         **options,
     )
 
@@ -267,7 +269,8 @@ def test_a_goal_is_one_positive_number(goal: dict[str, float]) -> None:
 
 
 def call(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["prune", *map(str, arguments)])
+    given = ["prune", *map(str, arguments), "--matching", str(MATCHING_S)]
+    return CliRunner().invoke(app, given)
 
 
 def test_a_family_from_one_calibration(calib: Path, tmp_path: Path) -> None:

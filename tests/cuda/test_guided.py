@@ -50,7 +50,7 @@ def prune(path: Path, work: Path) -> Guided:
         images = check_images(model, {"x": random.standard_normal((16, 3, 8, 8), np.float32)})
         database = build_database(model, images, work / "calibration")
         source = Source(_Invented(), "invented")
-        pruner = GuidedPruner(path, database, images, TARGET, source, work)
+        pruner = GuidedPruner(path, database, images, TARGET, source, work, matching_s=0.5)
         between_us = (pruner.reach.dense_us + pruner.reach.least_us) / 2
         return pruner.prune(Goal(latency_ms=between_us / 1e3))
 
