@@ -23,6 +23,7 @@ from topiarist.tuning_logs import boosters
 from topiarist.tuning_logs import features as feature_set
 from topiarist.tuning_logs.boosters import Floats, Rows
 from topiarist.tuning_logs.features import Features, columns_of, features, table
+from topiarist.tuning_logs.pace import Pace
 from topiarist.tuning_logs.record import Measured, MeasureInput, TargetKey, TuningRecord
 from topiarist.tuning_logs.regressions import Regressions, Times
 
@@ -48,15 +49,16 @@ class Dataset:
 
     @staticmethod
     def of(records: Iterable[TuningRecord]) -> Dataset:
-        """The records of our kernels that have a valid time and were not disturbed.
+        """The usable records, their times at the usual pace of the machine (`pace.py`).
 
         Of repeated measurements the median counts.
         """
+        usable = [record for record in records if is_usable(record)]
+        pace = Pace.of(usable)
         found: dict[tuple[str, Measured], tuple[MeasureInput, list[float]]] = {}
-        for record in records:
-            if is_usable(record):
-                key = record.input.key, record.measured
-                found.setdefault(key, (record.input, []))[1].append(record.run_us)
+        for record in usable:
+            key = record.input.key, record.measured
+            found.setdefault(key, (record.input, []))[1].append(pace.run_us(record))
         return Dataset(
             tuple(what for what, _ in found.values()),
             tuple(features(what) for what, _ in found.values()),
@@ -97,9 +99,13 @@ class Dataset:
 
 
 def is_usable(record: TuningRecord) -> bool:
-    """Whether a record is of one of our kernels and has a time that can be believed."""
+    """Whether a record is of one of our kernels and has a time that can be believed.
+
+    That of a disturbed machine can if the record says how slow it was.
+    """
     ours = record.input.kernel not in _NO_KERNELS
-    return ours and record.status == "ok" and not record.disturbed
+    believed = not record.disturbed or record.reference_us is not None
+    return ours and record.status == "ok" and believed
 
 
 def layer_of(what: MeasureInput) -> str:
