@@ -166,6 +166,7 @@ def test_times_are_brought_to_the_usual_pace() -> None:
         *(make_record(i, us=100.0, reference_us=5.0) for i in range(3)),
         make_record(3, us=150.0, reference_us=7.5, drift=1.5),
         make_record(4, us=100.0),
+        make_record(5, us=300.0, reference_us=15.0, drift=3.0),
     ]
     assert Dataset.of(found).run_us.tolist() == pytest.approx([found[0].run_us] * 5)
 
