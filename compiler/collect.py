@@ -40,6 +40,7 @@ from topiarist.compiler.worker import RETRIES, Drift, Layer, Measurer, Steady, V
 from topiarist.schedules.kernel import ConvSite
 from topiarist.targets.spec import TargetSpec
 from topiarist.tuning_logs.cost_model import Dataset, LatencyModel, is_usable
+from topiarist.tuning_logs.pace import Pace
 from topiarist.tuning_logs.record import DRIFT_LIMIT, MeasureInput, TuningRecord
 from topiarist.tuning_logs.sources import TuningLogs
 
@@ -131,6 +132,7 @@ class _Guide:
         self.records = list(known)
         self.networks = networks
         self.model: LatencyModel | None = None
+        self.pace = Pace({})
         self.error: float | None = None  # the median on the last records
         self._wrong: deque[Geometry] = deque(maxlen=REMEMBERED)
 
@@ -149,7 +151,7 @@ class _Guide:
         """Train on all records, if they are enough."""
         data = Dataset.of(self.records)
         if len(data) >= LEAST_TO_TRAIN:
-            self.model = LatencyModel.train(data)
+            self.model, self.pace = LatencyModel.train(data), Pace.of(self.records)
 
     def learn(self, records: Sequence[TuningRecord]) -> None:
         """Add records, and see where the model was wrong."""
@@ -159,7 +161,7 @@ class _Guide:
             return
         whats = [record.input for record in records]
         predicted = self.model.predict_us(whats, records[0].measured)
-        errors = np.abs(predicted / [record.run_us for record in records] - 1)
+        errors = np.abs(predicted / [self.pace.run_us(record) for record in records] - 1)
         self.error = float(np.median(errors))
         for what, error in zip(whats, errors, strict=True):
             geometry = Geometry.of(what.workload) if error > WRONG else None
@@ -268,7 +270,9 @@ class _Draw:
                 what = self.device.what_call(call) if known is None else known[1]
                 found.setdefault(what.key, (what, []))[1].append(float(taken))
         for what, taken in found.values():
-            yield TuningRecord(what, tuple(taken), "in network", drift=drifted)
+            yield TuningRecord(
+                what, tuple(taken), "in network", drift=drifted, reference_us=reference * 1e6
+            )
 
     def _pick(self, name: str, site: ConvSite, count: int) -> list[_Entry]:
         """The most promising dense and sparse kernel; others are rarer the less they promise."""

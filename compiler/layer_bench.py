@@ -17,7 +17,7 @@ import tvm
 from numpy.typing import NDArray
 
 from topiarist.compiler.check import expectation
-from topiarist.compiler.measure import Arguments, taking_turns
+from topiarist.compiler.measure import Arguments, calls_of_slice, taking_turns
 from topiarist.compiler.parts import Parts
 from topiarist.compiler.runtime import ThreadPool
 from topiarist.compiler.worker import Batch, Layer, Outcome, Stage, Variant
@@ -25,11 +25,12 @@ from topiarist.errors import BoardError, GpuError
 from topiarist.schedules.cpu.linear import LinearShape
 from topiarist.schedules.kernel import ConvSite
 from topiarist.targets.spec import TargetSpec
+from topiarist.tuning_logs.record import typical_us
 
 ROUNDS = 7
-SLICE_S = 0.0015  # least time of one repeat
 FAR_BEHIND = 3.0  # times the batch's fastest; such a candidate is repeated only
 FEW_ROUNDS = 3  # times
+WARM_UP = 10  # calls of the reference kernel
 DIGITS = 10  # of seconds: a tenth of a nanosecond
 
 Tell = Callable[[Stage, int | None], None]
@@ -151,15 +152,17 @@ class LayerBench:
             else:
                 failed[each.index] = Outcome((), "wrong_result", wrong)
         reference = self.machine.together(lambda: self._time(right)) if right else ()
-        timed = {each.index: Outcome(tuple(each.seconds)) for each in right}
+        timed = {
+            each.index: Outcome(tuple(each.seconds), reference_us=typical_us(reference))
+            for each in right
+        }
         outcomes = failed | timed
         return Batch(tuple(outcomes[i] for i in range(len(variants))), reference)
 
     def try_out(self, target: TargetSpec) -> float:
         """Build, check and time the reference kernel. Raises BoardError or BuildError."""
         self.tell("prepare", None)
-        made = _Built(0, *reference_kernel(Parts(target, self.machine.threads), self.machine))
-        return self._seconds(made, 10)
+        return Reference(Parts(target, self.machine.threads), self.machine).seconds()
 
     def _prepare(self, layer: Layer) -> None:
         """The data of a layer, kept for its next batch."""
@@ -170,7 +173,7 @@ class LayerBench:
             return
         if self._layer is None or not _same_code(layer.site, self._layer.site):
             self.parts = Parts(layer.site.target, self.machine.threads)
-            self.reference = _Built(-1, *reference_kernel(self.parts, self.machine))
+            self.reference = Reference(self.parts, self.machine)
         self._layer = layer
         self.expected = expectation(layer.site, layer.weight, layer.bias)
         tensor = self.machine.tensor
@@ -209,21 +212,21 @@ class LayerBench:
 
     def _time(self, built: list[_Built]) -> tuple[float, ...]:
         """Time all variants in turns; the reference kernel's seconds before each round."""
-        for each in (*built, self.reference):
-            self.tell("run", max(each.index, 0))
-            each.number = max(1, int(SLICE_S / max(self._seconds(each, 1), 1e-7)))
-            each.seconds = []
+        for each in built:
+            self.tell("run", each.index)
+            each.number = calls_of_slice(self._seconds(each, 1))
         fastest = max(each.number for each in built)
         for each in built:
             each.rounds = ROUNDS if each.number * FAR_BEHIND >= fastest else FEW_ROUNDS
+        reference = []
         for i in range(ROUNDS):
-            self.reference.seconds.append(self._seconds(self.reference, self.reference.number))
+            reference.append(self.reference.seconds())
             for each in built:
                 if i < each.rounds:
                     self.tell("run", each.index)
                     each.seconds.append(self._seconds(each, each.number))
-        self.reference.seconds.append(self._seconds(self.reference, self.reference.number))
-        return tuple(self.reference.seconds)
+        reference.append(self.reference.seconds())
+        return tuple(reference)
 
     def _seconds(self, built: _Built, number: int) -> float:
         return round(self.machine.seconds(built.function, built.arguments, number), DIGITS)
@@ -234,7 +237,20 @@ def _same_code(a: ConvSite, b: ConvSite) -> bool:
     return a == replace(b, workload=replace(b.workload, sparsity=a.workload.sparsity))
 
 
-def reference_kernel(parts: Parts, machine: Machine) -> tuple[Any, Arguments]:
+class Reference:
+    """A kernel that never changes: what it takes tells how fast the machine is at the moment."""
+
+    def __init__(self, parts: Parts, machine: Machine) -> None:
+        self._machine = machine
+        self._kernel = _reference_kernel(parts, machine)
+
+    def seconds(self) -> float:
+        """The mean of some calls, after others: what ran before, and where, must not show."""
+        warm_up = self._machine.seconds(*self._kernel, WARM_UP)
+        return round(self._machine.seconds(*self._kernel, calls_of_slice(warm_up)), DIGITS)
+
+
+def _reference_kernel(parts: Parts, machine: Machine) -> tuple[Any, Arguments]:
     """A fully connected layer with weights of 512 KiB: a function that never changes, its args.
 
     Raises BoardError if the machine gets it wrong: then no kernel is to blame for its results.

@@ -27,7 +27,7 @@ from topiarist.compiler.choose import (
     linear_shape,
 )
 from topiarist.compiler.graph import Conv, Graph, Linear
-from topiarist.compiler.layer_bench import Here, reference_kernel
+from topiarist.compiler.layer_bench import Here, Reference
 from topiarist.compiler.lower import lower
 from topiarist.compiler.memory import plan_memory
 from topiarist.compiler.parts import Parts
@@ -43,7 +43,6 @@ WITHIN = 1.4  # slower ones alone are not tried in the network
 ROUNDS = 25
 BUDGET_S = 4.0  # of one comparison; slow networks get fewer rounds
 LEAST_ROUNDS = 3
-REFERENCE_CALLS = 20  # some microseconds each
 
 Seconds = NDArray[np.float64]
 
@@ -228,14 +227,8 @@ class Trial:
 
     def compare_watched(self, programs: list[Program]) -> tuple[list[Seconds], float]:
         """As `compare`, and the seconds of a kernel that never changes: these tell disturbances."""
-        here = Here(self.parts.threads)
-        reference, arguments = reference_kernel(self.parts, here)
-
-        def watch() -> Seconds:
-            here.run(reference, next(arguments))  # fetches the data again
-            return np.array(here.seconds(reference, arguments, REFERENCE_CALLS))
-
-        runs = [watch, *self._runs(programs)]
+        reference = Reference(self.parts, Here(self.parts.threads))
+        runs = [lambda: np.array(reference.seconds()), *self._runs(programs)]
         watched, *times = self.pool.call(lambda: medians(runs))
         return times, float(watched)
 

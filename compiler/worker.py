@@ -55,12 +55,16 @@ class Variant:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Every repeat in seconds, or what went wrong; and what a GPU ran with."""
+    """Every repeat in seconds, or what went wrong; what a GPU ran with, and the machine's speed.
+
+    `reference_us` is what the reference kernel took meanwhile, see `TuningRecord`.
+    """
 
     seconds: tuple[float, ...] = ()
     status: Status = "ok"
     message: str = ""
     gpu: GpuState | None = None
+    reference_us: float | None = None
 
 
 def record_of(what: MeasureInput, outcome: Outcome, drift: float | None) -> TuningRecord:
@@ -73,6 +77,7 @@ def record_of(what: MeasureInput, outcome: Outcome, drift: float | None) -> Tuni
         message=outcome.message,
         drift=drift,
         gpu=outcome.gpu,
+        reference_us=outcome.reference_us,
     )
 
 

@@ -23,7 +23,14 @@ from topiarist.tuning_logs import boosters
 from topiarist.tuning_logs import features as feature_set
 from topiarist.tuning_logs.boosters import Floats, Rows
 from topiarist.tuning_logs.features import Features, columns_of, features, table
-from topiarist.tuning_logs.record import Measured, MeasureInput, TargetKey, TuningRecord
+from topiarist.tuning_logs.pace import Pace
+from topiarist.tuning_logs.record import (
+    DRIFT_LIMIT,
+    Measured,
+    MeasureInput,
+    TargetKey,
+    TuningRecord,
+)
 from topiarist.tuning_logs.regressions import Regressions, Times
 
 FORMAT = "topiarist latency model"
@@ -32,6 +39,7 @@ _TO_JSON = json.JSONEncoder(separators=(",", ":"), sort_keys=True, allow_nan=Fal
 SCHEMA = 2  # 2: costs
 LEAST = 100  # records to train from
 LEAST_TO_ADAPT = 20  # a model of another target
+CORRECTED = 1.5  # drift up to which a slow machine is taken out of times; more was no steady state
 ID_DIGITS = 10  # of a key: two of a million records share them once in a while
 _NO_KERNELS = ("network", "metaschedule")  # records of whole networks, and TVM's own schedules
 _GEOMETRY = ("in_channels", "height", "width", "out_channels", "kernel", "strides", "groups")
@@ -48,15 +56,16 @@ class Dataset:
 
     @staticmethod
     def of(records: Iterable[TuningRecord]) -> Dataset:
-        """The records of our kernels that have a valid time and were not disturbed.
+        """The usable records, their times at the usual pace of the machine (`pace.py`).
 
         Of repeated measurements the median counts.
         """
+        usable = [record for record in records if is_usable(record)]
+        pace = Pace.of(usable)
         found: dict[tuple[str, Measured], tuple[MeasureInput, list[float]]] = {}
-        for record in records:
-            if is_usable(record):
-                key = record.input.key, record.measured
-                found.setdefault(key, (record.input, []))[1].append(record.run_us)
+        for record in usable:
+            key = record.input.key, record.measured
+            found.setdefault(key, (record.input, []))[1].append(pace.run_us(record))
         return Dataset(
             tuple(what for what, _ in found.values()),
             tuple(features(what) for what, _ in found.values()),
@@ -97,9 +106,13 @@ class Dataset:
 
 
 def is_usable(record: TuningRecord) -> bool:
-    """Whether a record is of one of our kernels and has a time that can be believed."""
+    """Whether a record is of one of our kernels and has a time that can be believed.
+
+    That of a disturbed machine can, up to `CORRECTED`, if the record says how slow it was.
+    """
     ours = record.input.kernel not in _NO_KERNELS
-    return ours and record.status == "ok" and not record.disturbed
+    limit = DRIFT_LIMIT if record.reference_us is None else CORRECTED
+    return ours and record.status == "ok" and (record.drift is None or record.drift <= limit)
 
 
 def layer_of(what: MeasureInput) -> str:

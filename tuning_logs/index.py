@@ -251,7 +251,7 @@ _LINE = _pattern(
     rb'\{"config":(\{[^{}]*\}),"drift":(null|NUMBER),(?:"gpu":\{[^{}]*\},)?'
     rb'"input_layout":(TEXT),"kernel":(TEXT),'
     rb'"kernel_version":(\d+),"measured":(TEXT),"message":TEXT,"output_layout":(TEXT),'
-    rb'"residual_layout":(TEXT),"schema":SCHEMA,"seconds":\[[^\]"]*\],"status":TEXT,'
+    rb'(?:"reference_us":NUMBER,)?"residual_layout":(TEXT),"schema":SCHEMA,"seconds":\[[^\]"]*\],"status":TEXT,'
     rb'"target":\{(?:"cores":(TEXT),)?"device_model":(TEXT),("family":TEXT,"isa":TEXT,"lanes":\d+,"threads":\d+)\},'
     rb'"timestamp":(TEXT),"versions":\{"apache-tvm":(TEXT),"apache-tvm-ffi":TEXT,'
     rb'"topiarist":TEXT\},"workload":(\{.*\}),"workload_key":"([0-9a-f]{16})"\}\s*'

@@ -28,9 +28,10 @@ if TYPE_CHECKING:  # importing the kernels would import TVM, which reading a log
 Status = Literal["ok", "build_error", "timeout", "crash", "wrong_result"]
 Measured = Literal["alone", "in network"]
 
-# 1 lacks `drift` and the status `crash`; only 3 has cores, only 4 `gpu`; lines without keep 2.
-SCHEMA = 4
-_PLAIN, _WITH_CORES = 2, 3
+# 1 lacks `drift` and the status `crash`. 3 has cores, 4 `gpu`, 5 `reference_us` and maybe one of
+# those; lines without any keep 2.
+SCHEMA = 5
+_PLAIN, _WITH_CORES, _WITH_GPU = 2, 3, 4
 STATUSES: tuple[Status, ...] = ("ok", "build_error", "timeout", "crash", "wrong_result")
 MEASURED: tuple[Measured, ...] = ("alone", "in network")
 PACKAGES = ("topiarist", "apache-tvm", "apache-tvm-ffi")  # whose versions a record names
@@ -200,8 +201,9 @@ class TuningRecord:
     `measured` tells a kernel timed alone from one inside a whole network. `message` is empty for
     status ok and required otherwise. `drift` is how steady the machine was: the slowest over the
     fastest time of a reference kernel around the measurement, None if nobody looked. `gpu` is what
-    a GPU ran with, None on CPUs and in lines of older versions. Raises ValueError naming a field
-    that does not fit.
+    a GPU ran with, None on CPUs and in lines of older versions. `reference_us` is how fast the
+    machine was: what the reference kernel took meanwhile, in microseconds, None if nobody looked.
+    Raises ValueError naming a field that does not fit.
     """
 
     input: MeasureInput
@@ -211,6 +213,7 @@ class TuningRecord:
     message: str = ""
     drift: float | None = None
     gpu: GpuState | None = None
+    reference_us: float | None = None
     timestamp: str = field(default_factory=now)
 
     def __post_init__(self) -> None:
@@ -226,6 +229,7 @@ class TuningRecord:
         text = self.message.encode("utf-8", "replace").decode()
         object.__setattr__(self, "message", text[-MESSAGE_LIMIT:])
         object.__setattr__(self, "drift", _drift(self.drift))
+        object.__setattr__(self, "reference_us", _reference_us(self.reference_us))
         if self.gpu is not None and self.input.target.cores:
             raise ValueError("gpu does not go with cores")
         _check_timestamp(self.timestamp)
@@ -259,12 +263,14 @@ class TuningRecord:
 
     def to_line(self) -> str:
         """One line of ASCII JSON with sorted keys, without the newline."""
-        values: dict[str, Any] = {n: getattr(self, n) for n in _RESULT_FIELDS if n != "gpu"}
+        values: dict[str, Any] = {n: getattr(self, n) for n in _RESULT_FIELDS - _OPTIONAL}
         values |= {name: getattr(self.input, name) for name in _INPUT_FIELDS}
         values["target"] = self.input.target.to_json()
         schema = _WITH_CORES if self.input.target.cores else _PLAIN
         if self.gpu is not None:
-            schema, values["gpu"] = SCHEMA, asdict(self.gpu)
+            schema, values["gpu"] = _WITH_GPU, asdict(self.gpu)
+        if self.reference_us is not None:
+            schema, values["reference_us"] = SCHEMA, self.reference_us
         return encode(values | {"schema": schema, "workload_key": self.input.workload_key})
 
     @staticmethod
@@ -275,9 +281,7 @@ class TuningRecord:
             schema = _check_schema(values)
             if schema < 2:
                 values = _with_drift(values)
-            _check_names(
-                "the record", values, _LINE_FIELDS if schema == SCHEMA else _LINE_FIELDS - {"gpu"}
-            )
+            _check_names("the record", values, _line_fields(schema, values))
             return _from_json(values, schema)
         except ValueError as error:
             raise TuningLogError(str(error)) from error
@@ -325,7 +329,7 @@ def _from_json(values: dict[str, Any], schema: int) -> TuningRecord:
         raise ValueError("target is no JSON object")
     if not isinstance(seconds, list):
         raise ValueError("seconds is no list")
-    if schema == _WITH_CORES:
+    if schema == _WITH_CORES or (schema == SCHEMA and "cores" in target):
         _check_names("target", target, _TARGET_FIELDS)
         _check_text("cores", target["cores"])
     else:
@@ -335,7 +339,9 @@ def _from_json(values: dict[str, Any], schema: int) -> TuningRecord:
     if values["workload_key"] != what.workload_key:
         raise ValueError(f"workload_key is not {what.workload_key}, the hash of the workload")
     results = {name: values[name] for name in _RESULT_FIELDS if name in values}
-    if schema == SCHEMA:
+    if schema == SCHEMA and values["reference_us"] is None:
+        raise ValueError("reference_us is null")
+    if "gpu" in values:
         if not isinstance(values["gpu"], dict):
             raise ValueError("gpu is no JSON object")
         _check_names("gpu", values["gpu"], _GPU_FIELDS)
@@ -350,6 +356,13 @@ def _with_drift(values: dict[str, Any]) -> dict[str, Any]:
     if "drift" in values:
         raise ValueError("the record has the unknown field 'drift'")
     return values | {"drift": None}
+
+
+def _line_fields(schema: int, values: dict[str, Any]) -> frozenset[str]:
+    """The fields that a line has to have."""
+    with_gpu = schema == _WITH_GPU or (schema == SCHEMA and "gpu" in values)
+    fields = _LINE_FIELDS | {"gpu"} if with_gpu else _LINE_FIELDS
+    return fields | {"reference_us"} if schema == SCHEMA else fields
 
 
 def _check_schema(values: dict[str, Any]) -> int:
@@ -392,6 +405,12 @@ def _check_timestamp(value: Any) -> None:
 def _drift(value: Any) -> float | None:
     if value is not None and (type(value) not in (int, float) or not 1 <= value <= MAX_SECONDS):
         raise ValueError(f"drift is {_short(value)}, neither null nor a ratio of at least 1")
+    return None if value is None else float(value)
+
+
+def _reference_us(value: Any) -> float | None:
+    if value is not None and (type(value) not in (int, float) or not 0 < value <= MAX_SECONDS):
+        raise ValueError(f"reference_us is {_short(value)}, neither null nor a positive number")
     return None if value is None else float(value)
 
 
@@ -456,5 +475,8 @@ _LAYOUTS = ("input_layout", "output_layout", "residual_layout")
 _TARGET_FIELDS = frozenset(_names(TargetKey))
 _GPU_FIELDS = frozenset(_names(GpuState))
 _INPUT_FIELDS = tuple(name for name in _names(MeasureInput) if name != "target")
-_RESULT_FIELDS = tuple(name for name in _names(TuningRecord) if name != "input")
-_LINE_FIELDS = frozenset((*_INPUT_FIELDS, *_RESULT_FIELDS, "schema", "target", "workload_key"))
+_RESULT_FIELDS = frozenset(_names(TuningRecord)) - {"input"}
+_OPTIONAL = frozenset(("gpu", "reference_us"))  # fields that lines lack where nobody knows them
+_LINE_FIELDS = (
+    frozenset((*_INPUT_FIELDS, "schema", "target", "workload_key")) | _RESULT_FIELDS - _OPTIONAL
+)

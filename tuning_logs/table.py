@@ -19,7 +19,7 @@ COLUMNS = (
     *("family", "isa", "lanes", "device_model", "threads", "cores"),
     *("topiarist", "apache_tvm", "apache_tvm_ffi"),
     *("measured", "status", "message", "run_us", "min_us", "max_us", "repeats", "drift"),
-    *("sm_mhz", "memory_mhz", "driver", "cuda", "timestamp"),
+    *("reference_us", "sm_mhz", "memory_mhz", "driver", "cuda", "timestamp"),
 )
 
 
@@ -50,6 +50,7 @@ def row(record: TuningRecord) -> dict[str, Any]:
         "max_us": max(record.seconds) * 1e6 if ok else None,
         "repeats": len(record.seconds),
         "drift": record.drift,
+        "reference_us": record.reference_us,
         **asdict(record.gpu or GpuState()),
         "timestamp": record.timestamp,
     }

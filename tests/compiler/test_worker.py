@@ -26,6 +26,7 @@ from topiarist.errors import BuildError
 from topiarist.schedules.cpu.kernels import DirectDense, DirectSparse
 from topiarist.schedules.kernel import ConvSite
 from topiarist.targets import registry
+from topiarist.tuning_logs.record import typical_us
 
 LIMITS = Limits(build=2.0, run=2.0)
 
@@ -59,6 +60,7 @@ def test_right_kernels_are_timed(worker: Worker, name: str) -> None:
         assert len(outcome.seconds) in (ROUNDS, FEW_ROUNDS)
         assert all(0 < seconds < 1 for seconds in outcome.seconds)
     assert len(batch.reference) == ROUNDS + 1
+    assert {o.reference_us for o in batch.outcomes} == {typical_us(batch.reference)}
 
 
 def test_bad_kernels_are_named_and_the_others_are_timed(worker: Worker) -> None:
@@ -87,6 +89,7 @@ def test_bad_kernels_are_named_and_the_others_are_timed(worker: Worker) -> None:
     assert "there is no such loop" in messages[5]
     assert "no end after 2 s of build" in messages[6]
     assert all(bool(o.seconds) == (o.status == "ok") for o in batch.outcomes)
+    assert all(bool(o.seconds) == (o.reference_us is not None) for o in batch.outcomes)
 
 
 def test_a_process_that_is_killed_is_replaced(worker: Worker) -> None:

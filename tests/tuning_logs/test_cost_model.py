@@ -160,6 +160,17 @@ def test_disturbed_and_failed_records_are_left_out() -> None:
     assert Dataset.of(found).inputs == (sound.input,)
 
 
+def test_times_are_brought_to_the_usual_pace() -> None:
+    """Those of a disturbed machine too, if they say how slow it was."""
+    found = [
+        *(make_record(i, us=100.0, reference_us=5.0) for i in range(3)),
+        make_record(3, us=150.0, reference_us=7.5, drift=1.5),
+        make_record(4, us=100.0),
+        make_record(5, us=300.0, reference_us=15.0, drift=3.0),
+    ]
+    assert Dataset.of(found).run_us.tolist() == pytest.approx([found[0].run_us] * 5)
+
+
 def test_repeated_measurements_count_once() -> None:
     times = [make_record(1, us=us, timestamp=f"2026-01-0{us // 100}T00:00:00Z") for us in
              (100, 300, 200)]  # fmt: skip

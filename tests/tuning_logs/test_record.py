@@ -86,10 +86,11 @@ def test_the_outcome_changes_the_id_only(record):
         record(measured="in network"),
         record(status="wrong_result", message="off by 2"),
         record(drift=1.5),
+        record(reference_us=5.0),
         record(versions={**VERSIONS, "topiarist": "0.2.0"}),
     ]
     assert {other.measurement_key for other in others} == {first.measurement_key}
-    assert len({first.id, *(other.id for other in others)}) == 7
+    assert len({first.id, *(other.id for other in others)}) == 8
 
 
 def test_keys_are_those_of_logs_already_written(record):
@@ -195,6 +196,12 @@ def test_now_is_a_timestamp(record):
         ("drift", float("nan")),
         ("drift", "1.0"),
         ("drift", True),
+        ("reference_us", 0.0),
+        ("reference_us", -5.0),
+        ("reference_us", float("nan")),
+        ("reference_us", float("inf")),
+        ("reference_us", "5.0"),
+        ("reference_us", True),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(record, field, value):
@@ -290,8 +297,8 @@ def test_an_altered_workload_no_longer_has_its_key(record):
 
 
 def test_a_newer_schema_asks_for_an_upgrade(record):
-    line = record().to_line().replace('"schema":2', '"schema":5,"more":[]')
-    with pytest.raises(NewerLogError, match=r"schema 5 is newer .* upgrade topiarist"):
+    line = record().to_line().replace('"schema":2', '"schema":6,"more":[]')
+    with pytest.raises(NewerLogError, match=r"schema 6 is newer .* upgrade topiarist"):
         TuningRecord.from_line(line)
 
 
@@ -330,6 +337,25 @@ def test_only_lines_of_gpus_have_schema_4(record):
             TuningRecord.from_line(line.replace(old, new))
     with pytest.raises(ValueError, match="does not go with cores"):
         record(gpu=seen, cores="cortex-a76 4-7")
+
+
+def test_only_lines_that_say_how_fast_the_machine_was_have_schema_5(record):
+    """Of boards and GPUs too; a line of an older schema has no such field, a newer one needs it."""
+    boards, gpus = {"cores": "cortex-a76 4-7"}, {"gpu": GpuState(1980, 2619, "580.65.06", "13.0")}
+    for change in ({}, boards, gpus):
+        plain, made = record(**change), record(reference_us=4.625, **change)
+        line = made.to_line()
+        assert '"schema":5' in line and TuningRecord.from_line(line) == made
+        assert made.to_line() == TuningRecord.from_line(line).to_line()
+        assert _LINE.fullmatch(line.encode())  # found without being read
+        old = json.loads(plain.to_line())["schema"]
+        with pytest.raises(TuningLogError, match="unknown field 'reference_us'"):
+            TuningRecord.from_line(line.replace('"schema":5', f'"schema":{old}'))
+        with pytest.raises(TuningLogError, match="lacks reference_us"):
+            TuningRecord.from_line(plain.to_line().replace(f'"schema":{old}', '"schema":5'))
+        for value in ("null", "0", "-1.5", '"5"', "[]", "1e999"):
+            with pytest.raises(TuningLogError, match="reference_us is"):
+                TuningRecord.from_line(line.replace("4.625", value))
 
 
 def test_a_line_of_schema_1_says_nothing_of_drift(record):
