@@ -122,7 +122,7 @@ def prune(
             metavar="SECONDS",
             help="How long, at most, the outputs are brought near to the dense network's.",
         ),
-    ] = 100.0,
+    ] = 75.0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -41,7 +41,7 @@ from topiarist.targets.spec import TargetSpec
 
 BUILDS = 3  # of reconstructed networks, at most: their times may differ from those of a round
 CONTEST_IMAGES = 256  # to reconstruct what is compared, and others to compare it on
-MATCHING_S = 100.0
+MATCHING_S = 75.0
 CUTS = (0.2, 0.35, 0.5)  # shares of the time that channels are cut out for, before zeros
 
 Progress = Callable[[str, int, int], None]
