@@ -2,7 +2,7 @@
 
 Prices come from a latency model, errors from what each level alone does to the network's outputs,
 and the choice from dynamic programming (SPDY, ICML 2022). Networks with some channels cut out
-before take part, and so does one level for all layers: what is nearest to the dense network's
+before may take part, and so does one level for all layers: what is nearest to the dense network's
 outputs is taken. It is then compiled and timed against the dense build; what prices got wrong
 corrects them, and the levels are chosen again, until the measured latency is the one that was
 asked for. Time depends on where the zeros are, so only the last choice is reconstructed. A layer
